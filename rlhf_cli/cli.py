@@ -1,0 +1,200 @@
+"""Words to verbs: train, plan, frontier, runs, show.
+
+Everything heavy is imported inside a verb, so that `rlhf --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from rlhf_cli import __version__
+from rlhf_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from rich.console import Console
+
+    from rlhf_cli.plan import Plan
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Every word after the verb is Hydra's to read."""
+
+Runs = Annotated[Path, typer.Option("--runs", envvar="RLHF_RUNS", help="Where runs are kept.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+EXAMPLES = """
+\b
+Examples:
+  rlhf {verb} algo=p3o_v2 data=hh
+  rlhf {verb} algo=ppo algo.beta=0.1 seed=2 stage=rl
+  rlhf {verb} -m algo=p3o_v2,ppo seed=1,2          a sweep, one run after the other
+  rlhf {verb} model=pythia_1b launch=deepspeed launch.processes=8
+  rlhf {verb} data=hh data.source=path data.path=DIR
+  rlhf {verb} algo=mine --config-dir DIR           with DIR/algo/mine.yaml
+  rlhf {verb} --cfg job                            every key and its value
+"""
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    words = sys.argv[1:] if words is None else list(words)
+    # A user's own algorithm is found where the command is typed, as with `python -m`.
+    sys.path.append(os.getcwd())
+    try:
+        app([word for word in words if word != "--debug"], prog_name="rlhf")
+    except UserError as error:
+        if "--debug" in words:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.callback(invoke_without_command=True)
+def _rlhf(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")
+    ] = False,
+) -> None:
+    """RLHF experiments from one command: SFT, reward model, RL, and the KL-reward frontier."""
+    if version:
+        print(f"rlhf-cli {__version__}")
+        raise typer.Exit
+
+
+@app.command(context_settings=HYDRA, epilog=EXAMPLES.format(verb="train"))
+def train(context: typer.Context) -> None:
+    """Build what is missing of a chain, or of a sweep with -m."""
+    from rlhf_cli.launch import execute
+
+    jobs = _planned(context.args)
+    command = shlex.join(["rlhf", "train", *context.args])
+    failures = []
+    for plan, node in jobs:
+        try:
+            directory = execute(plan, node, command)
+        except Exception as error:
+            if len(jobs) == 1:
+                raise
+            failures.append(f"{plan.steps[-1].path}: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        if plan.recipe.stage == "rl":
+            print(f"next: rlhf frontier, rlhf show {plan.steps[-1].key}, rlhf runs")
+        print(f"run: {directory}")
+    if failures:
+        print(f"error: {len(failures)} of {len(jobs)} runs failed:", file=sys.stderr)
+        print("\n".join(f"  {failure}" for failure in failures), file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command(context_settings=HYDRA, epilog=EXAMPLES.format(verb="plan"))
+def plan(context: typer.Context) -> None:
+    """Show what train would do, and spend nothing."""
+    _planned(context.args)
+
+
+@app.command()
+def frontier(
+    run: Annotated[
+        Optional[list[str]],  # noqa: UP045 - older typer cannot read `list[str] | None`
+        typer.Argument(help="Runs by directory, name or key; all of a group if none is given."),
+    ] = None,
+    group: Annotated[
+        str, typer.Option(help="Draw the runs of this group; the newest run's by default.")
+    ] = "",
+    out: Annotated[str, typer.Option(help="Files to write, without ending.")] = "",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Draw KL against reward, with a line per algorithm."""
+    from rlhf_cli.figures import frontier as figure
+    from rlhf_cli.store.run import all_runs, find
+
+    if run:
+        chosen = [find(runs, reference) for reference in run]
+    else:
+        trained = [each for each in all_runs(runs) if each.stage == "rl"]
+        if not trained:
+            raise UserError(f"--runs={runs} holds no RL run yet; `rlhf train` makes one.")
+        newest = max(trained, key=lambda each: str(each.manifest().get("started")))
+        group = group or newest.manifest()["group"]
+        chosen = [each for each in trained if each.manifest().get("group") == group]
+        if not chosen:
+            groups = sorted({str(each.manifest().get("group")) for each in trained})
+            raise UserError(f"--group={group} has no RL run; choose one of {', '.join(groups)}.")
+    command = shlex.join(["rlhf", *sys.argv[1:]])
+    files = figure.frontier(chosen, Path(out or f"figures/{group or 'frontier'}"), command)
+    for each in chosen:
+        print(f"run: {each.path}")
+    for kind, path in files.items():
+        print(f"{'figure' if kind == 'png' else kind}: {path}")
+    print("next: rlhf train -m algo=p3o_v2,p3o_v1,ppo,dpo_online seed=1,2, then rlhf frontier")
+
+
+@app.command()
+def runs(runs: Runs = Path("runs"), as_json: Json = False) -> None:
+    """List every run with its status and last evaluation."""
+    from rlhf_cli import listing
+    from rlhf_cli.store.run import all_runs
+
+    rows = [listing.summary(run) for run in all_runs(runs)]
+    if as_json:
+        _print_json(rows)
+    elif rows:
+        _console().print(listing.table(rows))
+    else:
+        print(f"no runs in {runs} yet; `rlhf train` makes one.")
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="Directory, name or key, or the beginning of one.")],
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Show one run: its origin, its end and its files."""
+    from rlhf_cli import listing
+    from rlhf_cli.store.run import find
+
+    shown = listing.details(find(runs, run))
+    if as_json:
+        _print_json(shown)
+    else:
+        _console().print(listing.page(shown))
+
+
+def _planned(words: Sequence[str]) -> list[tuple[Plan, DictConfig]]:
+    """Compose, check and print every job of the line before any of them runs."""
+    from rlhf_cli import plan as planning
+    from rlhf_cli.words import collect
+
+    jobs = [(planning.plan(node), node) for node in collect(words)]
+    if jobs:
+        _console().print(planning.describe(*(plan for plan, _ in jobs)))
+    return jobs
+
+
+def _console() -> Console:
+    """A terminal's own width; wide enough not to break paths when piped."""
+    from rich.console import Console
+
+    fits = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if fits else 160)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

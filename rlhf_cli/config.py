@@ -1,0 +1,260 @@
+"""The only door for configuration: words and yaml in, one frozen typed object out.
+
+`compose` (or the command line, through `settled`) makes a node of plain values out of `conf/` and
+the user's overrides; `recipe` makes typed, checked objects of it; `freeze` and `read` take a node
+to a file and back. Hydra is touched by `compose` alone, so a worker that reads a frozen file never
+sees it. This module brings no torch by itself; the class an algorithm's `_target_` names does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from omegaconf import DictConfig, OmegaConf, flag_override
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass, is_pydantic_dataclass
+
+from rlhf_cli import complaints, recipes
+from rlhf_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf_cli.core.algorithm import Algorithm
+    from rlhf_cli.data.corpus import Dataset
+else:
+    # pydantic evaluates the annotations below; both classes are checked by `_built` instead.
+    Algorithm: TypeAlias = Any
+    Dataset: TypeAlias = Any
+
+CONTRACTS = {
+    "algo": ("update", "optim", "needs", "revision", "sampling", "prepare", "loss", "watch"),
+    "data": ("name", "title", "max_prompt_tokens", "max_response_tokens", "load", "fingerprint"),
+}
+"""What the object built from each `_target_` must offer."""
+
+
+@dataclass(frozen=True, config=recipes.STRICT)
+class Recipe:
+    """Everything a chain of stages is made of."""
+
+    stage: Literal["sft", "reward", "rl"]
+    """Where the chain stops."""
+    seed: int
+    """Of the RL stage; the earlier ones have their own."""
+    name: str
+    """The algorithm's word in run names and figures."""
+    model: recipes.Model
+    data: Dataset
+    algo: Algorithm
+    sft: recipes.SFT
+    reward: recipes.Reward
+    eval: recipes.Evaluation
+    launch: recipes.Launch
+    track: recipes.Track
+    paths: recipes.Paths
+
+    @property
+    def group(self) -> str:
+        """The comparison this run belongs to: `track.group`, or <data>-<model>."""
+        return self.track.group or f"{self.data.title}-{self.model.label}"
+
+
+def conf_dir() -> Path:
+    """Find the shipped yaml: inside the package when installed from a wheel, else beside it."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
+    """Compose `conf/train.yaml` with Hydra overrides into a node of plain values.
+
+    `config_dir` is a further folder of yaml, searched after the shipped one. Raises UserError.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    register()
+    words = list(overrides)
+    if config_dir is not None:
+        words.append(f"hydra.searchpath=['file://{config_dir.resolve()}']")
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            node = hydra.compose("train", words, return_hydra_config=True)
+        HydraConfig.instance().set_config(node)
+        with flag_override(node, ["struct", "readonly"], False):
+            del node["hydra"]
+        return settled(node)
+    except Exception as error:
+        if sentence := complaints.of_composition(error):
+            raise sentence from error
+        raise
+
+
+def settled(node: DictConfig) -> DictConfig:
+    """Copy a node with every interpolation replaced by its value.
+
+    Raises UserError for a value that is still `???`.
+    """
+    for key in _missing(OmegaConf.to_container(node, resolve=False)):
+        raise UserError(f"{key} has no value yet; give it one with {key}=VALUE.")
+    node = node.copy()
+    OmegaConf.resolve(node)
+    return node
+
+
+def freeze(node: DictConfig) -> str:
+    """Write a node as yaml, to be read back by `read`."""
+    return OmegaConf.to_yaml(node, resolve=True)
+
+
+def read(path: Path) -> DictConfig:
+    """Read a frozen node; OmegaConf's yaml takes 1e-6 for a number, plain PyYAML does not.
+
+    Raises UserError if the file is missing or damaged.
+    """
+    from yaml import YAMLError
+
+    try:
+        node = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UserError(
+            f"{path} cannot be read ({_line(error)}); delete the run's folder and run again."
+        ) from error
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{path} holds no configuration; delete the run's folder and run again.")
+    return node
+
+
+def recipe(node: DictConfig) -> Recipe:
+    """Type and check a node. Raises UserError with one sentence for the first fault."""
+    values = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(values, dict)
+    for group, contract in CONTRACTS.items():
+        if group in values:
+            values[group] = _built(group, values[group], contract)
+    typed = _typed(Recipe, values, "")
+    for fault in _faults(typed):
+        raise UserError(fault)
+    return typed
+
+
+def register() -> None:
+    """Register the resolvers that `conf/` uses: rlhf.pick and rlhf.source."""
+    OmegaConf.register_new_resolver("rlhf.pick", _pick, replace=True)
+    OmegaConf.register_new_resolver("rlhf.source", _source, replace=True)
+
+
+def _pick(word: str, table: Mapping[str, Any]) -> Any:
+    """Look a word up in a table, falling back to its entry `other`."""
+    if word not in table and "other" not in table:
+        raise UserError(f"{word!r} is none of {', '.join(table)}; choose one of them.")
+    return table[word] if word in table else table["other"]
+
+
+def _source(scratch: object) -> str:
+    """Embedded rows for a model trained from scratch, which could not read real ones."""
+    return "hub" if scratch is None else "embedded"
+
+
+def _missing(values: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose value is still `???`."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _missing(value, f"{prefix}.{key}" if prefix else str(key))
+    elif values == "???":
+        yield prefix
+
+
+def _built(group: str, values: Any, contract: Sequence[str]) -> Any:
+    """Build the object that a group's `_target_` names, after checking that it may be built."""
+    if not isinstance(values, dict) or "_target_" not in values:
+        raise UserError(
+            f"{group}._target_ is missing; name the class this choice builds, or choose another one"
+            f" with {group}=NAME."
+        )
+    values = dict(values)
+    target = str(values.pop("_target_"))
+    module, _, name = target.rpartition(".")
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{group}._target_={target} cannot be imported ({_line(error)}); give the dotted path"
+            " of a class in an installed module or in the working directory."
+        ) from error
+    if not (isinstance(cls, type) and is_pydantic_dataclass(cls)):
+        raise UserError(f"{group}._target_={target} must name a frozen pydantic dataclass.")
+    typed = _typed(cls, values, group)
+    for word in contract:
+        if not hasattr(typed, word):
+            raise UserError(f"{group}._target_={target} lacks {word}; see the contract it fulfils.")
+    return typed
+
+
+def _typed(cls: type, values: dict[Any, Any], prefix: str) -> Any:
+    """Validate plain values; the first fault becomes one sentence."""
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise complaints.of_values(error, prefix) from None
+
+
+def _faults(recipe: Recipe) -> Iterator[str]:
+    """What the values say about each other: one sentence per contradiction."""
+    update, launch, n = recipe.algo.update, recipe.launch, recipe.launch.processes
+    responses = recipe.algo.sampling().responses
+    share = responses * update.minibatches * n
+    if update.batch % share:
+        near = max(share, update.batch // share * share)
+        yield (
+            f"algo.update.batch={update.batch} cannot be dealt out evenly: it must be a multiple"
+            f" of {responses} responses per prompt x {update.minibatches} minibatches x {n}"
+            f" processes = {share}; set algo.update.batch={near}."
+        )
+    if update.episodes % update.batch:
+        near = max(update.batch, update.episodes // update.batch * update.batch)
+        yield (
+            f"algo.update.episodes={update.episodes} is no whole number of rollouts of"
+            f" algo.update.batch={update.batch} responses; set algo.update.episodes={near}."
+        )
+    for stage, batch in ("sft", recipe.sft.batch), ("reward", recipe.reward.batch):
+        if batch % n:
+            yield (
+                f"{stage}.batch={batch} cannot be dealt out evenly to launch.processes={n}; set"
+                f" {stage}.batch={max(n, batch // n * n)}."
+            )
+    if launch.kind == "inline" and n > 1:
+        yield f"launch.processes={n} needs a launcher; add launch=deepspeed."
+    if n > 1 and (devices := _cuda_devices()) and n > devices:
+        yield f"launch.processes={n} is more than this machine's {devices} CUDA devices; lower it."
+    for key, model in ("model", recipe.model), ("reward.model", recipe.reward.model):
+        if model.scratch and model.scratch.width % model.scratch.heads:
+            yield (
+                f"{key}.scratch.width={model.scratch.width} must be a multiple of"
+                f" {key}.scratch.heads={model.scratch.heads}; set"
+                f" {key}.scratch.width={32 * model.scratch.heads}."
+            )
+        data = recipe.data
+        if model.scratch and model.scratch.context < (
+            longest := data.max_prompt_tokens + data.max_response_tokens
+        ):
+            yield (
+                f"{key}.scratch.context={model.scratch.context} is shorter than"
+                f" data.max_prompt_tokens={data.max_prompt_tokens} + data.max_response_tokens="
+                f"{data.max_response_tokens}; set {key}.scratch.context={longest}."
+            )
+        if not model.scratch and not model.name:
+            yield f"{key}.name is missing; name a Hugging Face repository or a local folder."
+
+
+def _cuda_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,1 @@
+"""The nouns, the contract and the one mean. Imports torch and nothing of the project but recipes."""

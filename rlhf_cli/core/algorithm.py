@@ -1,0 +1,114 @@
+"""What an algorithm is: a frozen dataclass whose fields are its hyperparameters and whose methods are
+its mathematics.
+
+It never averages, never sees a process group, a config library or a logger. The shape of a term is the
+unit it judges: `[P,G,T]` tokens, `[P,G]` responses, `[P]` prompts. The engine alone turns terms into
+one number (`core.masked.total`), with denominators known before backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import ClassVar, Protocol, TypeAlias
+
+from torch import Tensor
+
+from rlhf_cli.core.rollout import Forward, Rollout, Source
+from rlhf_cli.recipes import Optim, Update
+
+Terms: TypeAlias = Mapping[str, Tensor]
+"""Named, unreduced contributions, each `[P,G,T]`, `[P,G]` or `[P]`."""
+State: TypeAlias = Mapping[str, Tensor]
+"""What an algorithm remembers between rollouts; saved with the checkpoint."""
+
+
+class Model(Enum):
+    """Models an algorithm may ask for beside the policy."""
+
+    REF = "ref"
+    REWARD = "reward"
+    CRITIC = "critic"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many responses per prompt come from where; G is the sum."""
+
+    policy: int = 0
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """[G] the source of each response, in the order they are laid out."""
+        return tuple(f.name for f in fields(self) for _ in range(getattr(self, f.name)))  # type: ignore[misc]
+
+    @property
+    def responses(self) -> int:
+        """G."""
+        return len(self.sources)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What `prepare` derives from a rollout; no gradient flows into it."""
+
+    advantage: Tensor | None = None
+    """[P,G,T] or [P,G]."""
+    returns: Tensor | None = None
+    """[P,G,T] what the critic should have said."""
+    label: Tensor | None = None
+    """[P,C] probability that the first of each pair is preferred; pairs in the order of `core.pairs`."""
+
+    def take(self, prompts: Tensor) -> Targets:
+        """The same targets for some prompts only."""
+        picked = {
+            f.name: value[prompts]
+            for f in fields(self)
+            if (value := getattr(self, f.name)) is not None
+        }
+        return replace(self, **picked)
+
+    def trim(self, length: int) -> Targets:
+        """The same targets without the response columns past `length`."""
+        cut = {
+            name: value[..., :length]
+            for name in ("advantage", "returns")
+            if (value := getattr(self, name)) is not None and value.dim() == 3
+        }
+        return replace(self, **cut)
+
+
+class Algorithm(Protocol):
+    """The contract; see `algos/p3o.py` for the shortest complete example."""
+
+    needs: ClassVar[frozenset[Model]]
+    """Models beside the policy; prunes the chain of stages and the forwards of a rollout."""
+    couples_group: ClassVar[bool]
+    """Whether responses to one prompt are judged together (then one response per prompt makes no sense)."""
+    shift_invariant: ClassVar[bool]
+    """Whether r(x,y) + delta(x) leaves every gradient unchanged; tested both ways."""
+    revision: ClassVar[int]
+    """Raised whenever the numbers of the algorithm change; part of the run's key."""
+
+    @property
+    def update(self) -> Update: ...
+
+    @property
+    def optim(self) -> Optim: ...
+
+    def sampling(self) -> Sampling:
+        """Who answers each prompt."""
+        ...
+
+    def prepare(self, rollout: Rollout, state: State) -> tuple[Targets, State]:
+        """Once per rollout, without gradient, over the whole rollout on every process."""
+        ...
+
+    def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
+        """Differentiable, pure, per prompt; the sum of the averaged terms is minimised."""
+        ...
+
+    def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
+        """Terms that are only logged, averaged the same way."""
+        ...

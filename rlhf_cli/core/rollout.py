@@ -1,0 +1,74 @@
+"""What is known before an update (`Rollout`) and what the current weights say (`Forward`).
+
+Axes, named once and used everywhere: P prompts, G responses per prompt, T response tokens (padded on
+the right), L tokens of prompt and response together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from torch import Tensor
+
+Source = Literal["policy", "ref", "greedy", "dataset", "demo"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses with everything an algorithm may look at; None where it did not ask.
+
+    All log-probabilities are of the sampled tokens, in nats, and 0 where `mask` is 0.
+    """
+
+    tokens: Tensor
+    """[P,G,L] ids of prompt (padded on the left) and response; read by the engine only."""
+    attention: Tensor
+    """[P,G,L] bool, true on real tokens; read by the engine only."""
+    mask: Tensor
+    """[P,G,T] float, 1 on response tokens, the end token included."""
+    logp_old: Tensor
+    """[P,G,T] log pi_old, the sampling policy, recomputed by the trainer's own forward pass."""
+    logp_ref: Tensor | None
+    """[P,G,T] log pi_ref, the SFT policy."""
+    score: Tensor | None
+    """[P,G] r(x, y)."""
+    value_old: Tensor | None
+    """[P,G,T] V_old of the state before each token."""
+    coin: Tensor
+    """[P,G] uniform draws in [0,1) for algorithms that toss coins: they stay pure and process-blind."""
+    source: tuple[Source, ...]
+    """[G] where each response came from."""
+
+    def take(self, prompts: Tensor) -> Rollout:
+        """The same rollout for some prompts only (index along P); groups are never split."""
+        picked = {
+            f.name: value[prompts]
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **picked)
+
+    def trim(self, length: int) -> Rollout:
+        """The same rollout without the response columns past `length`; they must be padding."""
+        cut = {
+            name: value[..., :length]
+            for name in ("mask", "logp_old", "logp_ref", "value_old")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **cut)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The same tokens under the current weights, with gradient."""
+
+    logp: Tensor
+    """[P,G,T] log pi."""
+    value: Tensor | None
+    """[P,G,T] V of the state before each token."""
+
+
+def sequence_sum(per_token: Tensor, mask: Tensor) -> Tensor:
+    """[P,G,T] -> [P,G]: sum over response tokens, in fp32."""
+    return (per_token.float() if per_token.dtype != torch.float64 else per_token).mul(mask).sum(-1)

@@ -1,0 +1,1 @@
+"""Rows become prompts, pairs and demonstrations: one file per dataset, and the embedded corpora."""

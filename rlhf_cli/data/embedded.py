@@ -1,0 +1,103 @@
+"""Corpora the project makes for itself: anything that can pose prompts, answer and judge becomes a Corpus.
+
+Everything is drawn from `random.Random` seeded by a string per part, so the rows are the same bytes on
+every machine, the held-out split does not depend on the size of the training split, and more
+demonstrations do not change the pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from random import Random
+from typing import TypeAlias
+
+from pydantic.dataclasses import dataclass
+
+from rlhf_cli.data.corpus import Corpus, Demo, Gold, Pair, Split
+from rlhf_cli.recipes import STRICT, Count, Positive
+
+Poser: TypeAlias = Callable[[Random], str]
+"""Draws a prompt."""
+Writer: TypeAlias = Callable[[str, Random], str]
+"""Draws an answer of mixed quality to a prompt."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Embedded:
+    """Sizes and noise of a generated corpus."""
+
+    prompts: Count
+    """Distinct training prompts."""
+    demos: Count
+    """Training demonstrations, on the training prompts from the first on."""
+    pairs: Count
+    """Training pairs, on the training prompts from the last back."""
+    heldout: Count
+    """Held-out prompts; each has a demonstration and a pair."""
+    temperature: Positive
+    """Gold points per logit of the preference label: higher is noisier."""
+    seed: int
+
+
+def generate(title: str, knobs: Embedded, pose: Poser, write: Writer, gold: Gold) -> Corpus:
+    """A corpus whose held-out prompts do not occur in its training split."""
+    heldout = _distinct(pose, knobs.heldout, Random(f"{knobs.seed} heldout prompts"), set())
+    train = _distinct(pose, knobs.prompts, Random(f"{knobs.seed} train prompts"), set(heldout))
+
+    def split(part: str, prompts: list[str], demos: int, pairs: int) -> Split:
+        rng = Random(f"{knobs.seed} {part} demos")
+        written = [Demo(p, write(p, rng)) for p in _take(prompts, demos)]
+        rng = Random(f"{knobs.seed} {part} pairs")
+        judged = [
+            _preference(p, write, gold, knobs.temperature, rng) for p in _take(prompts[::-1], pairs)
+        ]
+        return Split(tuple(written), tuple(judged), tuple(prompts))
+
+    return Corpus(
+        title=title,
+        train=split("train", train, knobs.demos, knobs.pairs),
+        heldout=split("heldout", heldout, knobs.heldout, knobs.heldout),
+        drops={},
+        gold=gold,
+    )
+
+
+def fingerprint(revision: int, knobs: Embedded) -> str:
+    """What determines the rows: the generator's revision and its knobs."""
+    return f"embedded r{revision} {json.dumps(asdict(knobs), sort_keys=True)}"
+
+
+def sentences(text: str) -> list[str]:
+    """The text cut after full stops, question and exclamation marks, and at colons.
+
+    Whatever follows the last mark comes last, so a broken-off answer ends in a sentence nobody knows.
+    """
+    return [" ".join(cut.split()) for cut in re.findall(r"[^.?!:]+[.?!]?", text) if cut.strip()]
+
+
+def _distinct(pose: Poser, count: int, rng: Random, taken: set[str]) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        prompt = pose(rng)
+        if prompt not in taken:
+            found[prompt] = None
+    return list(found)
+
+
+def _take(prompts: list[str], count: int) -> list[str]:
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def _preference(prompt: str, write: Writer, gold: Gold, temperature: float, rng: Random) -> Pair:
+    """Two different answers, the first preferred with probability sigmoid(gold gap / temperature)."""
+    first = second = write(prompt, rng)
+    while second == first:
+        second = write(prompt, rng)
+    better, worse = gold([prompt, prompt], [first, second])
+    if rng.random() < 1 / (1 + math.exp((worse - better) / temperature)):
+        return Pair(prompt, first, second)
+    return Pair(prompt, second, first)

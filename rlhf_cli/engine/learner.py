@@ -1,0 +1,155 @@
+"""One optimiser step through DeepSpeed, and the only place where terms become one number.
+
+Denominators are counted over the whole minibatch, all processes and micro-batches, before the first
+backward pass. Each micro-batch then contributes its own sums, so the loss and its gradient do not
+depend on how the minibatch was cut up.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from rlhf_cli.core.algorithm import Terms
+from rlhf_cli.core.masked import averages
+from rlhf_cli.engine.world import World
+from rlhf_cli.recipes import Launch, Optim
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one micro-batch says: terms to minimise, terms to log, and the mask [P,G,T] they live on."""
+
+    loss: Terms
+    watch: Terms
+    mask: Tensor
+
+
+class Learner:
+    """A module under DeepSpeed with AdamW and a learning-rate schedule."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: Optim,
+        steps: int,
+        launch: Launch,
+        world: World,
+        precision: str,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        """rates: peak learning rate by submodule name, where it is not `optim.lr`."""
+        self.optim, self.steps, self.world, self.launch = optim, steps, world, launch
+        module.to(world.device)
+        self._copy = copy.deepcopy(module) if launch.zero == 3 else None
+        groups = _groups(module, optim.lr, rates or {})
+        self._peaks = [group["lr"] for group in groups]
+        optimiser = torch.optim.AdamW(
+            groups, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimiser,
+            config=deepspeed_config(optim, launch, world, precision),
+            dist_init_required=False,
+        )
+        self.step_index = 0
+
+    def step(
+        self, parts: Sequence[Part], judge: Callable[[Part], Judged], counts: Mapping[int, float]
+    ) -> dict[str, float]:
+        """One optimiser step over this process's `parts` of a minibatch.
+
+        counts: `core.masked.denominators` of the whole minibatch. Returns averaged terms over all
+        processes: the loss, each of its terms, each watched term, the gradient norm, the rate.
+        """
+        self.engine.train()
+        totals: dict[str, float] = {}
+        for place, part in enumerate(parts):
+            self.engine.set_gradient_accumulation_boundary(place + 1 == len(parts))
+            judged = judge(part)
+            losses = averages(judged.loss, judged.mask, counts)
+            loss = torch.stack(list(losses.values())).sum()
+            # DeepSpeed averages gradients over processes; our shares already add up to the mean.
+            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+            with torch.no_grad():
+                seen = {"loss": loss, **losses, **averages(judged.watch, judged.mask, counts)}
+            for name, value in seen.items():
+                totals[name] = totals.get(name, 0.0) + float(value.detach())
+        factor = schedule(self.optim, self.step_index, self.steps)
+        for group, peak in zip(self.engine.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        norm = self._gradient_norm()
+        self.engine.step()
+        self.step_index += 1
+        totals = self.world.sum(totals)
+        if norm is None:
+            norm = float(self.engine.get_global_grad_norm() or 0.0)
+        return {**totals, "grad_norm": norm, "lr": self._peaks[0] * factor}
+
+    def _gradient_norm(self) -> float | None:
+        """Global L2 norm before clipping; None if DeepSpeed's own optimiser wrapper reports it."""
+        if self.launch.zero > 0 or self.engine.bfloat16_enabled():
+            return None
+        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The module with all of its weights in every process, for sampling, scoring and saving.
+
+        Under ZeRO 3 the weights are gathered once into a copy instead of layer by layer per token.
+        """
+        if self._copy is None:
+            yield self.engine.module.eval()
+            return
+        shards = dict(self.engine.module.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(shards.values())), torch.no_grad():
+            for name, parameter in self._copy.named_parameters():
+                parameter.copy_(shards[name])
+        yield self._copy.eval()
+
+
+def deepspeed_config(optim: Optim, launch: Launch, world: World, precision: str) -> dict[str, Any]:
+    """DeepSpeed's configuration; accumulation is driven by `Learner.step`, so it counts as 1 here."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": world.size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.grad_clip,
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_optimization": {"stage": launch.zero},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def schedule(optim: Optim, step: int, steps: int) -> float:
+    """Share of the peak learning rate at optimiser step `step` of `steps` (see `recipes.Optim`)."""
+    warm = min(1.0, (step + 1) / (optim.warmup * steps)) if optim.warmup > 0 else 1.0
+    done = step / max(steps, 1)
+    decay = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+    }[optim.schedule]
+    return warm * decay
+
+
+def _groups(module: nn.Module, lr: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """AdamW groups: one per submodule in `rates`, the rest first."""
+    named = {name: [] for name in ("", *rates)}  # type: dict[str, list[nn.Parameter]]
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            named[next((r for r in rates if name.startswith(r + ".")), "")].append(parameter)
+    return [{"params": ps, "lr": rates.get(name, lr)} for name, ps in named.items()]

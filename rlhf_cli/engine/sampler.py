@@ -1,0 +1,182 @@
+"""Draws responses from a policy at temperature 1.
+
+The loop is our own for one reason: a response must depend on the policy, the prompt and its own random
+numbers, and on nothing else. Each row brings its uniforms (keyed by seed, step and row), and a token is
+the inverse of the cumulative distribution at its uniform. So neither the number of processes nor what
+else is in the batch changes what is drawn, and a resumed run draws what the uninterrupted one would
+have. Prompts are prefilled once for all their responses; keys and values go into buffers in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from rlhf_cli.models.heads import positions
+
+DROP_SHARE = 0.25
+"""Rows that have ended draw on, unseen, until they are this share of the batch; then they are dropped."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Responses to N rows of prompts."""
+
+    tokens: Tensor
+    """[N,L] prompt (left-padded) and response (right-padded)."""
+    attention: Tensor
+    """[N,L] bool, true on real tokens."""
+    mask: Tensor
+    """[N,T] float, 1 up to and including the end token."""
+
+
+def uniforms(seed: int, stream: str, step: int, rows: Sequence[int], count: int) -> Tensor:
+    """[len(rows), count] draws in [0,1), a pure function of (seed, stream, step, row)."""
+    key = [seed, *stream.encode(), step]
+    return torch.from_numpy(
+        np.stack([np.random.default_rng([*key, row]).random(count, dtype=np.float32) for row in rows])
+    )
+
+
+def left_pad(prompts: Sequence[Sequence[int]], width: int, pad: int) -> tuple[Tensor, Tensor]:
+    """[P,width] ids padded on the left, and [P,width] bool, true on real tokens."""
+    tokens = torch.full((len(prompts), width), pad)
+    attention = torch.zeros((len(prompts), width), dtype=torch.bool)
+    for row, ids in enumerate(prompts):
+        tokens[row, width - len(ids) :] = torch.tensor(ids)
+        attention[row, width - len(ids) :] = True
+    return tokens, attention
+
+
+@torch.inference_mode()
+def draw(
+    policy: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    responses: int,
+    uniform: Tensor,
+    width: int,
+    end: int,
+    pad: int,
+) -> Draw:
+    """Draws `responses` continuations of each prompt; row p*responses + g is response g to prompt p.
+
+    uniform: [P*responses, T], T the most tokens of a response; width: columns given to prompts.
+    """
+    device = policy.device
+    rows, longest = uniform.shape
+    tokens = torch.full((rows, width + longest), pad, device=device)
+    attention = torch.zeros((rows, width + longest), dtype=torch.bool, device=device)
+    ids, real = (t.to(device) for t in left_pad(prompts, width, pad))
+    tokens[:, :width] = ids.repeat_interleave(responses, 0)
+    attention[:, :width] = real.repeat_interleave(responses, 0)
+    uniform = uniform.to(device)
+
+    cache = BufferCache(policy.config.get_text_config().num_hidden_layers, width + longest)
+    logits = _step(policy, ids, real, cache)
+    cache.repeat(responses)
+    logits = logits.repeat_interleave(responses, 0)
+    alive = torch.arange(rows, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    for t in range(longest):
+        column = width + t
+        chosen = inverse_cdf(logits, uniform[alive, t])
+        tokens[alive, column] = chosen
+        attention[alive, column] = True
+        ended = ended | (chosen == end)
+        if t + 1 == longest or ended.all():
+            break
+        if ended.float().mean() >= DROP_SHARE:
+            keep = (~ended).nonzero().squeeze(-1)
+            cache.select(keep)
+            alive, chosen, ended = alive[keep], chosen[keep], ended[keep]
+        logits = _step(policy, chosen.unsqueeze(-1), attention[alive, : column + 1], cache)
+    return _cut_after_end(tokens, attention, width, end, pad)
+
+
+def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
+    """[N] the first token whose cumulative probability exceeds uniform [N]; logits [N,V].
+
+    Softmax and cumulative sum are fp32; the draw is scaled by the sum, so rounding cannot fall off the
+    end of the vocabulary.
+    """
+    cumulative = logits.float().softmax(-1).cumsum(-1)
+    point = (uniform * cumulative[:, -1]).unsqueeze(-1)
+    picked = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+    return picked.clamp_max(logits.shape[-1] - 1)
+
+
+def _step(policy: PreTrainedModel, ids: Tensor, attention: Tensor, cache: Cache) -> Tensor:
+    """[N,V] logits of the next token after feeding `ids` [N,n]; attention covers all seen so far."""
+    return policy(
+        input_ids=ids,
+        attention_mask=attention.long(),
+        position_ids=positions(attention)[:, -ids.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+
+
+def _cut_after_end(tokens: Tensor, attention: Tensor, width: int, end: int, pad: int) -> Draw:
+    """Wipes what follows the first end token of each row."""
+    response = tokens[:, width:]
+    ended = (response == end) & attention[:, width:]
+    after = ended.long().cumsum(-1) - ended.long() > 0
+    mask = attention[:, width:] & ~after
+    tokens[:, width:] = torch.where(mask, response, pad)
+    attention[:, width:] = mask
+    return Draw(tokens, attention, mask.float())
+
+
+class BufferLayer(DynamicLayer):
+    """Keys and values of one layer in buffers of fixed capacity: no concatenation per token."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.filled = capacity, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shape = (*key_states.shape[:2], self.capacity)
+        self.keys = key_states.new_empty((*shape, key_states.shape[-1]))
+        self.values = value_states.new_empty((*shape, value_states.shape[-1]))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.filled = self.filled, self.filled + key_states.shape[-2]
+        self.keys[:, :, start : self.filled] = key_states
+        self.values[:, :, start : self.filled] = value_states
+        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def get_seq_length(self, *args: object) -> int:
+        return self.filled
+
+
+class BufferCache(Cache):
+    """One `BufferLayer` per layer of the model."""
+
+    def __init__(self, layers: int, capacity: int) -> None:
+        super().__init__(layers=[BufferLayer(capacity) for _ in range(layers)])
+
+    def repeat(self, times: int) -> None:
+        """Gives each row `times` copies of its keys and values."""
+        if times > 1:
+            self._map(lambda x: x.repeat_interleave(times, 0))
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps some rows only."""
+        self._map(lambda x: x.index_select(0, rows))
+
+    def _map(self, change):  # type: ignore[no-untyped-def]
+        for layer in self.layers:
+            layer.keys, layer.values = change(layer.keys), change(layer.values)

@@ -1,0 +1,1 @@
+"""The measurement contract: KL, reward and gold with their errors. Neither trains nor draws."""

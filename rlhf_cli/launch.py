@@ -1,0 +1,150 @@
+"""From a plan to finished runs: builds what is missing, stage by stage, in this process or in several.
+
+The driver owns a run: it holds the lock, freezes the configuration, writes the manifest, starts the
+workers and says `done` last. Workers only ever read the run directory.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_cli import config
+from rlhf_cli.errors import StageFailed, UserError
+from rlhf_cli.plan import Plan, Step
+from rlhf_cli.store.files import check_writable
+from rlhf_cli.store.provenance import provenance
+from rlhf_cli.store.run import Run
+
+GRACE_SECONDS = 10
+"""How long workers have to leave after a signal before they are killed."""
+
+
+def execute(plan: Plan, node: DictConfig, command: str) -> Path:
+    """Builds every run of the plan that is not done yet; returns the directory of the last one."""
+    check_writable(Path(plan.recipe.paths.runs))
+    for step in plan.steps:
+        run = Run(step.path)
+        if run.status() == "done":
+            continue
+        with run.lock(on_wait=lambda run=run: print(f"waiting for another process that builds {run.path}")):  # type: ignore[misc]
+            if run.status() != "done":
+                _build(run, step, plan, node, command)
+    return plan.steps[-1].path
+
+
+def _build(run: Run, step: Step, plan: Plan, node: DictConfig, command: str) -> None:
+    """Runs one stage from `running` to `done`; on any fault the manifest says `failed` and why."""
+    frozen = OmegaConf.merge(node, {"stage": step.stage})
+    assert isinstance(frozen, DictConfig)
+    recipe = plan.recipe
+    parent_runs = {s.stage: s.path.name for s in plan.steps if s.stage in step.parents}
+    run.begin(
+        config.freeze(frozen),
+        {
+            "key": step.key,
+            "stage": step.stage,
+            "label": step.label,
+            "title": recipe.data.title,
+            "model": recipe.model.label,
+            "algo": recipe.name if step.stage == "rl" else None,
+            "beta": getattr(recipe.algo, "beta", None) if step.stage == "rl" else None,
+            "seed": _seed(plan, step.stage),
+            "group": recipe.group,
+            "parents": dict(step.parents),
+            "parent_runs": parent_runs,
+            "science": step.science,
+            "command": command,
+            "launch": OmegaConf.to_container(node.launch, resolve=True),
+            **provenance(),
+        },
+    )
+    try:
+        if recipe.launch.kind == "inline":
+            from rlhf_cli.worker import work
+
+            work(run.path)
+        else:
+            _launch(run, recipe.launch.processes)
+    except (UserError, StageFailed) as error:
+        run.fail(str(error))
+        raise
+    except Exception as error:
+        run.fail(f"{type(error).__name__}: {error}")
+        raise
+    _drop_resume_points(run)
+    run.finish()
+
+
+def _seed(plan: Plan, stage: str) -> int:
+    recipe = plan.recipe
+    return {"sft": recipe.sft.seed, "reward": recipe.reward.seed, "rl": recipe.seed}[stage]
+
+
+def _drop_resume_points(run: Run) -> None:
+    from rlhf_cli.engine.checkpoint import drop_resume_points
+
+    drop_resume_points(run.checkpoints)
+
+
+def _launch(run: Run, processes: int) -> None:
+    """Starts the workers through DeepSpeed's launcher and sees to it that none is left behind.
+
+    The launcher and its workers get a process group of their own: a signal to the launcher alone
+    would leave the workers running.
+    """
+    from rlhf_cli.engine.world import free_port
+    from rlhf_cli.worker import COMPLAINT
+
+    complaint = run.log / COMPLAINT
+    complaint.unlink(missing_ok=True)
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner",
+        "--num_gpus", str(processes), "--master_port", str(free_port()),
+        "--no_local_rank", "--module", "rlhf_cli.worker", str(run.path.absolute()),
+    ]  # fmt: skip
+    child = subprocess.Popen(command, env=_environment(processes), start_new_session=True)
+    try:
+        code = child.wait()
+    finally:
+        _end(child)
+    if complaint.exists():
+        raise UserError(complaint.read_text())
+    if code != 0:
+        raise StageFailed(
+            f"a worker of {run.path} ended with code {code}; see {run.log}/rank_*.txt, and give the "
+            "same command again to go on from the last checkpoint"
+        )
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """The workers' environment: cores shared out evenly, the CPU named where there is no GPU."""
+    import torch
+
+    each = max(1, len(os.sched_getaffinity(0)) // processes)
+    environment = {"OMP_NUM_THREADS": str(each), **os.environ}
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    root = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        p for p in (root, environment.get("PYTHONPATH", "")) if p
+    )
+    return environment
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Ends whatever is left of the child's process group."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, sign)
+        except ProcessLookupError:
+            return
+        try:
+            child.wait(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue

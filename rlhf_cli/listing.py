@@ -1,0 +1,111 @@
+"""What `rlhf runs` and `rlhf show` say about run directories: plain data, and its picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_cli.store.metrics import read
+from rlhf_cli.store.run import Run
+
+LATEST = ("eval/kl", "eval/reward", "eval/gold")
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """One run in a line: identity, status, how far it came and its last evaluation."""
+    manifest = run.manifest()
+    rows = read(run.metrics_path)
+    last = next((row for row in reversed(rows) if any(name in row for name in LATEST)), {})
+    return {
+        "stage": run.stage,
+        "label": run.label,
+        "key": run.key,
+        "status": run.status(),
+        "step": int(rows[-1]["step"]) if rows else None,
+        **{name: _finite(last.get(name)) for name in LATEST},
+        "when": manifest.get("finished") or manifest.get("started"),
+        "path": str(run.path),
+    }
+
+
+def details(run: Run) -> dict[str, Any]:
+    """One run in full: manifest, last value of every metric, files, one sample."""
+    metrics: dict[str, float] = {}
+    for row in read(run.metrics_path):
+        metrics |= row
+    samples = sorted(run.samples.glob("*.jsonl"))
+    lines = samples[-1].read_text(encoding="utf-8").splitlines() if samples else []
+    files = (path for path in sorted(run.path.rglob("*")) if path.is_file())
+    return {
+        "path": str(run.path),
+        "manifest": {**run.manifest(), "status": run.status()},
+        "metrics": {name: _finite(value) for name, value in metrics.items()},
+        "files": {path.relative_to(run.path).as_posix(): path.stat().st_size for path in files},
+        "sample": json.loads(lines[0]) if lines else None,
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Draw summaries, one a line."""
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "run", "key", "status"):
+        drawn.add_column(column, no_wrap=column != "run", overflow="fold")
+    for column in ("step", "KL", "reward", "gold", "age"):
+        drawn.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        numbers = (_number(row[name]) for name in ("step", *LATEST))
+        drawn.add_row(
+            row["stage"], row["label"], row["key"], row["status"], *numbers, _age(row["when"])
+        )
+    return drawn
+
+
+def page(shown: Mapping[str, Any]) -> Group:
+    """Draw the details of one run."""
+    manifest, parts = shown["manifest"], []
+    told = ("stage", "key", "status", "reason", "title", "started", "finished", "segment", "group")
+    facts = {word: manifest[word] for word in told if manifest.get(word) is not None}
+    parents = (f"{stage} {key}" for stage, key in manifest.get("parents", {}).items())
+    facts |= {"parents": ", ".join(parents) or "none", "command": manifest.get("command", "")}
+    parts.append(_pairs(shown["path"], facts))
+    parts.append(_pairs("last metrics", {n: _number(v) for n, v in shown["metrics"].items()}))
+    parts.append(_pairs("files", {n: f"{size:,} bytes" for n, size in shown["files"].items()}))
+    if shown["sample"]:
+        parts.append(_pairs("a sample", shown["sample"]))
+    return Group(*parts)
+
+
+def _pairs(title: str, values: Mapping[str, Any]) -> RenderableType:
+    drawn = Table(box=None, pad_edge=False, show_header=False, title_justify="left")
+    drawn.add_column(no_wrap=True, style="dim")
+    drawn.add_column(overflow="fold")
+    for name, value in values.items():
+        text = _number(value) if isinstance(value, float) else str(value)
+        drawn.add_row(f"  {name}", Text(text.strip("\n")))
+    return Group(Text(title, style="bold"), drawn, Text())
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _age(when: str | None) -> str:
+    """Time since `when` in the largest unit that counts at least one."""
+    if when is None:
+        return "-"
+    seconds = int((datetime.now(timezone.utc) - datetime.fromisoformat(when)).total_seconds())
+    for unit, size in ("d", 86400), ("h", 3600), ("min", 60):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{max(seconds, 0)} s"

@@ -1,0 +1,1 @@
+"""Loading policies, putting a scalar head on a trunk, tokenizers; always in Hugging Face layout."""

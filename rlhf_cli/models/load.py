@@ -1,0 +1,143 @@
+"""Policies and reward models as Hugging Face classes, from random weights, a hub or a folder.
+
+A policy is an `AutoModelForCausalLM`, a reward model an `AutoModelForSequenceClassification` with one
+label, so that any library can load what a stage leaves behind. Dropout is off everywhere: with it, the
+probability ratio of the first update would not be 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_cli.errors import UserError
+from rlhf_cli.recipes import Model, Scratch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SCORE_OFFSET, SCORE_SCALE = "rlhf_score_offset", "rlhf_score_scale"
+"""Names under which a reward model's config.json keeps its calibration."""
+
+
+def scratch_config(scratch: Scratch, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """A GPT-NeoX shape with the Pythia proportions: parallel residual, a quarter of rotary dimensions."""
+    return GPTNeoXConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=scratch.width,
+        intermediate_size=4 * scratch.width,
+        num_hidden_layers=scratch.layers,
+        num_attention_heads=scratch.heads,
+        max_position_embeddings=scratch.context,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+
+
+def new_policy(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The policy before SFT: random weights (seeded) or the pretrained checkpoint."""
+    if model.scratch is None:
+        assert model.name is not None
+        return _prepared(
+            load(AutoModelForCausalLM, model.name, model.revision, model.precision), tokenizer
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(model.scratch.seed)
+        policy = AutoModelForCausalLM.from_config(scratch_config(model.scratch, tokenizer))
+    return _prepared(policy.to(DTYPES[model.precision]), tokenizer)
+
+
+def load_policy(path: Path, precision: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The policy a stage left in its `final` folder."""
+    return _prepared(load(AutoModelForCausalLM, path, None, precision), tokenizer)
+
+
+def new_reward_model(
+    model: Model, sft: Path | None, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """A trunk with a fresh scalar head of standard deviation 1/sqrt(width + 1) (Huang et al. 2024).
+
+    The trunk is that of the SFT policy in the folder `sft`; None starts from `model` itself, which must
+    then share the policy's tokenizer (else UserError).
+    """
+    kind = AutoModelForSequenceClassification
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if sft is not None:
+            reward = load(kind, sft, None, model.precision, num_labels=1)
+        elif model.scratch is not None:
+            config = scratch_config(model.scratch, tokenizer)
+            config.num_labels = 1
+            reward = kind.from_config(config).to(DTYPES[model.precision])
+        else:
+            assert model.name is not None
+            own = AutoTokenizer.from_pretrained(model.name, revision=model.revision or "main")
+            if own("Human: hello")["input_ids"] != tokenizer("Human: hello")["input_ids"]:
+                raise UserError(
+                    f"reward.model.name={model.name}: its tokenizer is not the policy's; "
+                    "choose a reward model of the policy's family"
+                )
+            reward = load(kind, model.name, model.revision, model.precision, num_labels=1)
+        weight = reward.score.weight
+        with torch.no_grad():
+            weight.copy_(torch.randn(weight.shape) / (weight.shape[1] + 1) ** 0.5)
+    return _prepared(reward, tokenizer)
+
+
+def load_reward_model(
+    path: Path, precision: str, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """A trained reward model; UserError if its score head is missing, which would mean random scores."""
+    model, report = load(
+        AutoModelForSequenceClassification, path, None, precision, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise UserError(
+            f"{path}: the reward model lacks {sorted(report['missing_keys'])[0]}; "
+            "it would score at random, so train it again"
+        )
+    return _prepared(model, tokenizer)
+
+
+def load(kind: type, name: str | Path, revision: str | None, precision: str, **options: object):  # type: ignore[no-untyped-def]
+    """`kind.from_pretrained` with our errors; remote code is never run."""
+    try:
+        return kind.from_pretrained(  # type: ignore[attr-defined]
+            str(name), revision=revision or "main", dtype=DTYPES[precision], **options
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"model.name={name}: cannot be loaded ({first})") from error
+
+
+def context_length(name: str | Path, revision: str | None) -> int | None:
+    """Longest sequence the model was made for, in tokens; None if its config does not say."""
+    config = AutoConfig.from_pretrained(str(name), revision=revision or "main")
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Dropout off, padding known, embeddings large enough for every token id."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
+        generation.eos_token_id = tokenizer.eos_token_id
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_dropout", "attn_pdrop", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.0)
+    return model.eval()

@@ -1,0 +1,171 @@
+"""One configuration to the chain of stages it stands for: their keys, what exists, what it costs.
+
+A key is a hash of what determines a stage's numbers: its own values, the data, a revision raised
+by hand, and the keys of the stages before it. How a stage is run (launch, track, paths) is in no
+key, so more processes or another tracker never rename a run. Planning writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_cli.config import Recipe, recipe
+from rlhf_cli.store.key import key
+from rlhf_cli.store.run import Run, Status
+
+ENGINE_REVISION = 1
+"""Raised by hand whenever the engine or a stage changes the numbers of a run."""
+
+Stage = Literal["sft", "reward", "rl"]
+
+DOING = {"missing": "build", "interrupted": "resume", "failed": "resume", "running": "wait"}
+"""What is going to be done about a run in each status; one that is done stays as it is."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a chain."""
+
+    stage: Stage
+    key: str
+    label: str
+    """For people: what is trained, on what data, from which size, with which seed."""
+    path: Path
+    """The run directory, <runs>/<stage>/<label>-<key>."""
+    parents: Mapping[str, str]
+    """Stage to key."""
+    status: Status
+    """What is on the disk at the time of planning."""
+    science: Mapping[str, Any]
+    """What the key is a hash of."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A chain in the order it is built; every step but the last is an ancestor of the last."""
+
+    steps: tuple[Step, ...]
+    recipe: Recipe
+
+
+def plan(node: DictConfig) -> Plan:
+    """Type a configuration and lay out its chain.
+
+    An RL stage whose algorithm needs neither reward model nor critic skips the reward stage.
+    Raises UserError.
+    """
+    made = recipe(node)
+    title = made.data.title.replace("-", "_")
+    data = {
+        **{name: value for name, value in asdict(made.data).items() if name != "path"},  # type: ignore[call-overload]
+        "fingerprint": made.data.fingerprint(),
+    }
+    steps: dict[str, Step] = {}
+
+    def add(stage: Stage, label: str, **reads: Any) -> None:
+        parents: dict[str, str] = {parent.stage: parent.key for parent in steps.values()}
+        science = {
+            "stage": stage,
+            "revision": ENGINE_REVISION,
+            "data": data,
+            "parents": parents,
+            **reads,
+        }
+        name = key(science)
+        path = Path(made.paths.runs) / stage / f"{label}-{name}"
+        steps[stage] = Step(stage, name, label, path, parents, Run(path).status(), science)
+
+    add(
+        "sft",
+        f"{title}-{made.model.label}-s{made.sft.seed}",
+        model=asdict(made.model),
+        sft=asdict(made.sft),
+    )
+    if made.stage == "reward" or (made.stage == "rl" and _needs_scores(made)):
+        add(
+            "reward",
+            f"{title}-{made.reward.model.label}-s{made.reward.seed}",
+            reward=asdict(made.reward),
+        )
+    if made.stage == "rl":
+        cls = type(made.algo)
+        add(
+            "rl",
+            f"{made.name}-{title}-{made.model.label}-s{made.seed}",
+            algo=asdict(made.algo),  # type: ignore[call-overload]
+            algo_class=f"{cls.__module__}.{cls.__qualname__}",
+            algo_revision=made.algo.revision,
+            seed=made.seed,
+            eval=asdict(made.eval),
+        )
+    return Plan(tuple(steps.values()), made)
+
+
+def _needs_scores(made: Recipe) -> bool:
+    # By value: naming the enum itself would import torch before an algorithm is even chosen.
+    return bool({need.value for need in made.algo.needs} & {"reward", "critic"})
+
+
+def describe(*plans: Plan) -> Group:
+    """Draw plans for a terminal: every distinct run once, then the arithmetic of the batches."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "key", "state"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("directory", overflow="fold")
+    for step in {step.path: step for each in plans for step in each.steps}.values():
+        table.add_row(step.stage, step.key, DOING.get(step.status, "done"), str(step.path))
+    blocks = dict.fromkeys(block for each in plans for block in arithmetic(each))
+    return Group(table, *(Text(f"\n{block}") for block in blocks))
+
+
+def arithmetic(plan: Plan) -> Iterator[str]:
+    """How the stated totals come apart: a block of lines per stage, to be read at 80 columns."""
+    made, stages = plan.recipe, {step.stage for step in plan.steps}
+    supervised = ("sft", made.sft, "demonstrations"), ("reward", made.reward, "pairs")
+    for stage, part, rows in supervised:
+        if stage in stages:
+            yield _block(
+                f"{stage} on {made.data.title}",
+                ("passes", f"{part.epochs:g}", f"over the {rows}"),
+                ("batch", part.batch, f"{rows} per step, over all processes"),
+            )
+    if "rl" in stages:
+        yield _block(f"{made.name} on {made.data.title}", *_derived(made))
+
+
+def _derived(made: Recipe) -> Iterator[tuple[str, object, str]]:
+    """What follows from the stated totals of an RL stage: quantity, value, arithmetic."""
+    update, launch = made.algo.update, made.launch
+    batch, epochs, minibatches = update.batch, update.epochs, update.minibatches
+    group = made.algo.sampling().responses
+    rollouts = update.episodes // batch
+    share = batch // minibatches // launch.processes
+    most = max(1, launch.micro_batch // group) * group
+    points = min(made.eval.points, rollouts)
+    yield "rollouts", rollouts, f"episodes {update.episodes} / batch {batch}"
+    yield "prompts per rollout", batch // group, f"batch {batch} / responses per prompt {group}"
+    yield (
+        "optimiser steps",
+        rollouts * epochs * minibatches,
+        f"rollouts {rollouts} x epochs {epochs} x minibatches {minibatches}",
+    )
+    yield (
+        "responses per process",
+        share,
+        f"batch {batch} / minibatches {minibatches} / processes {launch.processes}",
+    )
+    yield "micro-batches", ceil(share / most), f"of at most {most} responses"
+    yield "evaluations", 1 + points, f"step 0 and {points} more, on {made.eval.prompts} prompts"
+
+
+def _block(title: str, *rows: tuple[str, object, str]) -> str:
+    return "\n".join([title, *(f"  {what:<22}{value!s:>7}  {how}" for what, value, how in rows)])

@@ -1,0 +1,170 @@
+"""The typed shapes of a configuration: types, units, meaning and bounds, never a value.
+
+Values live in `conf/`; no field here has a default, so the composed yaml is the complete record of a
+run. Algorithms and datasets are recipes too, but each lives in its own file, next to its mathematics or
+its parser. This module imports nothing of the project, so every room may use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
+"""Settings shared by every recipe: an unknown key is an error, and so is inf or nan."""
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Optim:
+    """AdamW and its learning-rate schedule.
+
+    The learning rate at optimiser step `s` of `S` is `lr * min(1, (s+1)/(warmup*S)) * decay(s/S)`, where
+    decay is 1 (constant), `1 - s/S` (linear) or `(1 + cos(pi*s/S))/2` (cosine).
+    """
+
+    lr: Positive
+    """Peak learning rate of the policy (or of the only model that is trained)."""
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup: Share
+    """Share of all optimiser steps spent in linear warm-up."""
+    betas: tuple[Share, Share]
+    eps: Positive
+    weight_decay: NonNegative
+    grad_clip: NonNegative
+    """Largest global L2 norm of the gradient; 0 leaves it unclipped."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Update:
+    """How many responses an online run draws and how often each is learned from.
+
+    One unit throughout: an episode is one sampled response. Equal `episodes` is therefore an equal
+    sampling budget for every algorithm, whatever its number of responses per prompt.
+    """
+
+    episodes: Count
+    """Responses drawn in the whole run."""
+    batch: Count
+    """Responses drawn per rollout, over all processes."""
+    epochs: Count
+    """Passes over each rollout."""
+    minibatches: Count
+    """Optimiser steps per pass."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Scratch:
+    """Shape of a GPT-NeoX decoder that is trained from random weights."""
+
+    layers: Count
+    width: Count
+    heads: Count
+    vocab: Annotated[int, Field(ge=300)]
+    """Entries of the byte-level BPE trained on the corpus (256 bytes and the special tokens included)."""
+    context: Count
+    """Longest sequence in tokens."""
+    seed: int
+    """Seed of the initial weights."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Model:
+    """The policy's architecture and where its first weights come from."""
+
+    label: str
+    """The word for it in run names, e.g. pythia_1b."""
+    regime: Literal["nano", "paper"]
+    """Which column of the shipped learning rates applies: nano below about 10M parameters, else paper."""
+    scratch: Scratch | None
+    """Shape of a model trained from scratch; null loads `name` instead."""
+    name: str | None
+    """A Hugging Face repository or a local folder; null for a model trained from scratch."""
+    revision: str | None
+    """Commit of the repository `name`; null only for a local folder."""
+    precision: Literal["fp32", "bf16"]
+    """Arithmetic of the trained model; sums of log-probabilities are fp32 always."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SFT:
+    """Supervised fine-tuning on demonstrations: the policy every later stage starts from."""
+
+    seed: int
+    epochs: Positive
+    """Passes over the demonstrations; a fraction stops early."""
+    batch: Count
+    """Demonstrations per optimiser step, over all processes."""
+    loss_on_prompt: bool
+    """Whether prompt tokens are learned too; they must be when the model starts from random weights."""
+    optim: Optim
+
+
+@dataclass(frozen=True, config=STRICT)
+class Reward:
+    """Bradley-Terry reward model, started from the SFT policy unless `model` says otherwise."""
+
+    seed: int
+    model: Model
+    """Its own architecture; the policy's unless overridden (`model@reward.model=...`)."""
+    epochs: Positive
+    batch: Count
+    """Preference pairs per optimiser step, over all processes."""
+    calibration: Annotated[int, Field(ge=2)]
+    """SFT responses on training prompts whose scores are moved to mean 0 and standard deviation 1."""
+    optim: Optim
+
+
+@dataclass(frozen=True, config=STRICT)
+class Evaluation:
+    """The measurement contract: what every point of a frontier has in common."""
+
+    prompts: Count
+    """Held-out prompts, the same in every run on the dataset; fewer only if the split has fewer."""
+    points: Count
+    """Evaluations after step 0, spread evenly over the run; the last one is the end of the run."""
+    seed: int
+    """Seed of the sampled responses."""
+    exact_kl: bool
+    """Also sum the KL over the full vocabulary at each visited state (`eval/kl_exact`)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Launch:
+    """How a stage is run. Never part of a key: it may change the speed of a run, not its numbers."""
+
+    kind: Literal["inline", "deepspeed"]
+    """inline: in this process; deepspeed: through DeepSpeed's launcher."""
+    processes: Count
+    zero: Annotated[int, Field(ge=0, le=3)]
+    """ZeRO stage: what is sharded between processes (0 nothing, 3 the weights too)."""
+    micro_batch: Count
+    """Most responses (or rows) per forward pass and process."""
+    timeout: Annotated[int, Field(ge=10)]
+    """Seconds without word from a peer after which a process gives up."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Track:
+    """Where metrics are mirrored; `metrics.jsonl` in the run directory is always the source."""
+
+    kind: Literal["wandb", "off"]
+    mode: Literal["auto", "offline"]
+    """auto: online if W&B credentials are found, offline otherwise. Never a prompt."""
+    project: str
+    group: str | None
+    """Name of the comparison; null is <data>-<model>."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Paths:
+    """Where runs are kept."""
+
+    runs: str = field()

@@ -1,0 +1,1 @@
+"""The loops, each one screen: sft, reward, rl, and the evaluation they share."""

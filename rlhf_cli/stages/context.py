@@ -1,0 +1,109 @@
+"""What every stage is handed: its recipe, its place among the processes, and where to write."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.config import Recipe
+from rlhf_cli.data.corpus import Corpus
+from rlhf_cli.engine import checkpoint
+from rlhf_cli.engine.learner import Learner
+from rlhf_cli.engine.world import World
+from rlhf_cli.errors import UserError
+from rlhf_cli.stages.progress import Progress
+from rlhf_cli.store.files import atomic_write
+from rlhf_cli.store.metrics import Ledger
+from rlhf_cli.store.run import Run
+from rlhf_cli.track import Mirror
+
+
+@dataclass
+class Context:
+    """One process's view of the run it works on."""
+
+    run: Run
+    recipe: Recipe
+    world: World
+    corpus: Corpus
+    parents: Mapping[str, Path]
+    """Stage -> run directory of the finished run this one starts from."""
+    segment: int
+    mirror: Mirror
+    progress: Progress
+    began: float = field(default_factory=time.perf_counter)
+    wall_before: float = 0.0
+    """Seconds spent by earlier segments."""
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        return Ledger(self.run.metrics_path)
+
+    def final(self, stage: str) -> Path:
+        """The model folder of a parent."""
+        return Run(self.parents[stage]).final
+
+    def report(self, step: int, row: Mapping[str, float], note: str = "") -> None:
+        """Writes one line of metrics (main process), mirrors it, and moves the progress bar."""
+        if not self.world.is_main:
+            return
+        wall = self.wall_before + time.perf_counter() - self.began
+        whole = {"step": step, "wall": wall, "segment": self.segment, **row}
+        self._ledger.write(whole)
+        self.mirror.log(whole)
+        self.progress.at(step, note)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps the evaluated responses of a step."""
+        if not self.world.is_main:
+            return
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.run.samples.mkdir(exist_ok=True)
+        atomic_write(self.run.samples / f"{step:06d}.jsonl", lines)
+        self.mirror.samples(step, list(rows)[:32])
+
+    def save(self, learner: Learner, state: Mapping[str, Tensor]) -> None:
+        """Makes a checkpoint to resume from."""
+        wall = self.wall_before + time.perf_counter() - self.began
+        checkpoint.save(
+            self.run.checkpoints, learner, self.world, dict(state), {"wall": wall}
+        )
+
+    def resume(self, learner: Learner) -> dict[str, Tensor] | None:
+        """Goes back to the newest checkpoint; None when starting afresh. Metrics are wound back."""
+        found = checkpoint.resume(self.run.checkpoints, learner)
+        if self.world.is_main:
+            self._ledger.rewind(learner.step_index if found else -1)
+        if found is None:
+            return None
+        state, place = found
+        self.wall_before = place["wall"]
+        return {name: tensor.to(self.world.device) for name, tensor in state.items()}
+
+
+def divided(key: str, count: int, world: World) -> int:
+    """count / processes; UserError if it does not come out even."""
+    if count % world.size:
+        raise UserError(
+            f"{key}={count} cannot be shared evenly by launch.processes={world.size}; "
+            "choose a multiple"
+        )
+    return count // world.size
+
+
+def check_finite(metrics: Mapping[str, float], step: int) -> None:
+    """Stops a run whose loss or gradient is no longer a number."""
+    for name in ("loss", "grad_norm"):
+        if not torch.isfinite(torch.tensor(metrics[name])):
+            raise UserError(
+                f"train/{name} is {metrics[name]} at step {step}: the run diverged; lower the "
+                "learning rate or raise beta (the last checkpoint is kept)"
+            )

@@ -1,0 +1,109 @@
+"""The measurement contract, in one place: every point of every frontier is made here.
+
+Responses to one pinned set of held-out prompts, temperature 1, fixed seed; the KL to the SFT policy is
+summed over each response; proxy reward from the learned model, gold where the dataset has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.core.algorithm import Sampling
+from rlhf_cli.core.rollout import Rollout
+from rlhf_cli.data.tokens import prompt_ids
+from rlhf_cli.engine.forward import in_parts
+from rlhf_cli.engine.rollout import Collector
+from rlhf_cli.errors import UserError
+from rlhf_cli.evals.kl import exact_kl, kl_estimates
+from rlhf_cli.evals.statistics import mean_and_se
+from rlhf_cli.models.heads import Actor, next_logits
+from rlhf_cli.stages.context import Context
+
+START_TOLERANCE = 1e-4
+"""Nats: the most KL an untrained policy may show against itself."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures a policy against the SFT policy on the pinned prompts."""
+
+    ctx: Context
+    collector: Collector
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """The pinned prompts: the first of the held-out split, fewer only if it has fewer."""
+        heldout = self.ctx.corpus.heldout.prompts
+        return heldout[: min(self.ctx.recipe.eval.prompts, len(heldout))]
+
+    def measure(self, actor: Actor) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The `eval/` metrics of a policy, and one row per prompt with the response behind them."""
+        texts, world = self.prompts, self.ctx.world
+        longest = self.ctx.recipe.data.max_prompt_tokens
+        ids = [prompt_ids(self.collector.tokenizer, text, longest) for text in texts]
+        # Processes share prompts evenly: the last one is repeated as often as that takes.
+        padded = ids + ids[-1:] * (-len(ids) % world.size)
+        rollout, _ = self.collector.collect(actor, padded, Sampling(policy=1), "eval", 0)
+        rollout = rollout.take(torch.arange(len(ids), device=rollout.mask.device))
+        assert rollout.logp_ref is not None and rollout.score is not None
+        flat = (rollout.logp_old[:, 0], rollout.logp_ref[:, 0], rollout.mask[:, 0])
+        kl = kl_estimates(*flat)
+        columns: dict[str, Tensor] = {
+            "kl": kl.k1,
+            "reward": rollout.score[:, 0],
+            "length": rollout.mask[:, 0].sum(-1),
+            "ended": self.collector.ended(rollout)[:, 0],
+        }
+        if self.ctx.recipe.eval.exact_kl:
+            columns["kl_exact"] = self._exact(actor, rollout)
+        responses = self.collector.texts(rollout)
+        if self.ctx.corpus.gold is not None:
+            columns["gold"] = torch.tensor(self.ctx.corpus.gold(texts, responses))
+        rows = [
+            {"prompt": text, "response": response, **{k: float(v[i]) for k, v in columns.items()}}
+            for i, (text, response) in enumerate(zip(texts, responses, strict=True))
+        ]
+        return {**_summary(columns), "eval/kl_k3": float(kl.k3.mean())}, rows
+
+    def _exact(self, actor: Actor, rollout: Rollout) -> Tensor:
+        """[P] KL over the full vocabulary, summed over the states of each response."""
+        ref = self.collector.judges.ref
+        tokens, attention, mask = rollout.tokens[:, 0], rollout.attention[:, 0], rollout.mask[:, 0]
+        total = torch.zeros(len(tokens))
+        with torch.no_grad():
+            for part in in_parts(tokens, attention, mask, self.collector.micro_batch):
+                ask = (part.tokens, part.attention, part.length)
+                per_state = exact_kl(next_logits(actor.policy, *ask), next_logits(ref, *ask))
+                total[part.index] = (per_state * part.mask).sum(-1).float().cpu()
+        return total
+
+
+def _summary(columns: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means and standard errors under their published names."""
+    summary = {"eval/prompts": float(len(columns["kl"]))}
+    for name in ("kl", "reward", "gold"):
+        if name in columns:
+            mean, se = mean_and_se(columns[name].double().tolist())
+            summary |= {f"eval/{name}": mean, f"eval/{name}_se": se}
+    if "kl_exact" in columns:
+        summary["eval/kl_exact"] = float(columns["kl_exact"].double().mean())
+    summary["eval/length"] = float(columns["length"].mean())
+    summary["eval/eos_rate"] = float(columns["ended"].mean())
+    return summary
+
+
+def check_start(metrics: Mapping[str, float]) -> None:
+    """UserError unless the policy that RL starts from shows no KL to its reference."""
+    kl, k3 = metrics["eval/kl"], metrics["eval/kl_k3"]
+    if abs(kl) > START_TOLERANCE or abs(k3) > START_TOLERANCE:
+        raise UserError(
+            f"the KL to the SFT policy is {kl:.2e} nats (k3 {k3:.2e}) before the first update, but must "
+            f"be 0 (to {START_TOLERANCE:g}): look for a reference that is not the SFT checkpoint the "
+            "policy started from, another precision or attention kernel for one of the two, dropout "
+            "left on, or padding that is counted"
+        )

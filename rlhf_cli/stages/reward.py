@@ -1,0 +1,109 @@
+"""The Bradley-Terry reward model.
+
+    L = - mean log sigma( r(x, y_w) - r(x, y_l) )
+
+A scalar head on the trunk of the SFT policy (or of `reward.model` if that is another model), read at the
+last token of the response. Afterwards its scores are moved and scaled so that responses of the SFT
+policy have mean 0 and standard deviation 1 (Ziegler et al. 2019): 0 is the SFT level, and a beta means
+the same on every dataset.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlhf_cli.core.algorithm import Sampling
+from rlhf_cli.data.tokens import prompt_ids, response_ids
+from rlhf_cli.engine import checkpoint
+from rlhf_cli.engine.forward import Rows, per_row
+from rlhf_cli.engine.learner import Judged, Learner
+from rlhf_cli.engine.order import shuffled
+from rlhf_cli.engine.rollout import Collector, Judges
+from rlhf_cli.evals.statistics import proportion_interval
+from rlhf_cli.models.heads import Actor, Scorer
+from rlhf_cli.models.load import SCORE_OFFSET, SCORE_SCALE, load_policy, new_reward_model
+from rlhf_cli.models.tokenizer import load_tokenizer
+from rlhf_cli.stages.card import model_card
+from rlhf_cli.stages.context import Context
+from rlhf_cli.stages.supervised import Batch, fit, require, right_padded
+
+
+def main(ctx: Context) -> None:
+    """Trains the reward model and leaves it, calibrated, in `checkpoints/final`."""
+    recipe, data = ctx.recipe.reward, ctx.recipe.data
+    tokenizer = load_tokenizer(ctx.final("sft"))
+    pad = int(tokenizer.pad_token_id)
+    precision = recipe.model.precision
+
+    def encode(pair):  # type: ignore[no-untyped-def]
+        prompt = prompt_ids(tokenizer, pair.prompt, data.max_prompt_tokens)
+        return [
+            (prompt, response_ids(tokenizer, text, data.max_response_tokens))
+            for text in (pair.chosen, pair.rejected)
+        ]
+
+    rows = [encode(pair) for pair in ctx.corpus.train.pairs]
+    heldout = [encode(pair) for pair in ctx.corpus.heldout.pairs]
+    require(rows, "preference pairs", recipe.batch, data.name)
+    steps = max(1, int(recipe.epochs * len(rows) / recipe.batch))
+    sft = ctx.final("sft") if recipe.model == ctx.recipe.model else None
+    scorer = Scorer(new_reward_model(recipe.model, sft, tokenizer, recipe.seed))
+    learner = Learner(scorer, recipe.optim, steps, ctx.recipe.launch, ctx.world, precision)
+
+    def collate(index) -> Batch:  # type: ignore[no-untyped-def]
+        return right_padded([side for i in index for side in rows[i]], pad, on_prompt=True)
+
+    def judge(part: Rows) -> Judged:
+        chosen, rejected = learner.engine(part.tokens, part.attention).view(-1, 2).unbind(1)
+        gap = chosen - rejected
+        return Judged({"policy": -logsigmoid(gap)}, {"accuracy": (gap > 0).float()}, part.mask)
+
+    def evaluate(last: bool) -> dict[str, float]:
+        pairs = heldout if last else heldout[: ctx.recipe.eval.prompts]
+        with learner.whole() as whole:
+            scores = _scores(ctx, whole, [side for pair in pairs for side in pair], pad)
+        gap = scores[0::2] - scores[1::2]
+        low, high = proportion_interval(int((gap > 0).sum()), len(gap))
+        return {
+            "eval/loss": float(-logsigmoid(gap).mean()),
+            "eval/accuracy": float((gap > 0).float().mean()),
+            "eval/accuracy_low": low,
+            "eval/accuracy_high": high,
+        }
+
+    fit(
+        ctx, learner, len(rows), recipe.batch, recipe.seed, collate, judge,
+        lambda mask: {1: float(recipe.batch)}, evaluate, group=2,
+    )  # fmt: skip
+    with learner.whole() as whole:
+        mean, scale = _calibration(ctx, whole, tokenizer)  # type: ignore[arg-type]
+        whole.model.config.update({SCORE_OFFSET: mean, SCORE_SCALE: scale})
+        if ctx.world.is_main:
+            checkpoint.save_final(ctx.run.final, whole.model, tokenizer, model_card(ctx))
+
+
+def _scores(ctx: Context, scorer: torch.nn.Module, sides: list, pad: int) -> Tensor:  # type: ignore[type-arg]
+    """[N] scores of (prompt ids, response ids) rows."""
+    batch = (t.to(ctx.world.device) for t in right_padded(sides, pad, on_prompt=True))
+    most = ctx.recipe.launch.micro_batch
+    return per_row(lambda part: scorer(part.tokens, part.attention), *batch, most)
+
+
+def _calibration(ctx: Context, scorer: Scorer, tokenizer) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+    """Mean and standard deviation of the raw scores of SFT responses to training prompts."""
+    data, recipe = ctx.recipe.data, ctx.recipe.reward
+    policy = load_policy(ctx.final("sft"), ctx.recipe.model.precision, tokenizer)
+    collector = Collector(
+        ctx.world, tokenizer, Judges(None, scorer), ctx.recipe.launch.micro_batch,
+        data.max_prompt_tokens, data.max_response_tokens, recipe.seed,
+    )  # fmt: skip
+    prompts = ctx.corpus.train.prompts
+    count = min(recipe.calibration, len(prompts)) // ctx.world.size * ctx.world.size
+    chosen = shuffled(len(prompts), recipe.seed)[:count]
+    ids = [prompt_ids(tokenizer, prompts[i], data.max_prompt_tokens) for i in chosen]
+    actor = Actor(policy.to(ctx.world.device))
+    rollout, _ = collector.collect(actor, ids, Sampling(policy=1), "calibration", 0)
+    assert rollout.score is not None
+    return float(rollout.score.mean()), max(float(rollout.score.std()), 1e-6)

@@ -1,0 +1,84 @@
+"""Supervised fine-tuning: next-token cross-entropy on demonstrations.
+
+    L = - mean_t log pi(y_t | x, y_<t)
+
+over response tokens, and over prompt tokens too where `sft.loss_on_prompt` says so.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_cli.core.masked import denominators
+from rlhf_cli.data.tokens import prompt_ids, response_ids
+from rlhf_cli.engine import checkpoint
+from rlhf_cli.engine.forward import Rows, per_token
+from rlhf_cli.engine.learner import Judged, Learner
+from rlhf_cli.models.heads import Actor
+from rlhf_cli.models.load import new_policy
+from rlhf_cli.models.tokenizer import load_tokenizer, train_tokenizer
+from rlhf_cli.stages.card import model_card
+from rlhf_cli.stages.context import Context
+from rlhf_cli.stages.supervised import Batch, fit, require, right_padded
+
+
+def main(ctx: Context) -> None:
+    """Trains the SFT policy and leaves it in `checkpoints/final`."""
+    recipe, data = ctx.recipe.sft, ctx.recipe.data
+    tokenizer = _tokenizer(ctx)
+    pad = int(tokenizer.pad_token_id)
+
+    def encode(demos):  # type: ignore[no-untyped-def]
+        return [
+            (
+                prompt_ids(tokenizer, demo.prompt, data.max_prompt_tokens),
+                response_ids(tokenizer, demo.response, data.max_response_tokens),
+            )
+            for demo in demos
+        ]
+
+    rows, heldout = encode(ctx.corpus.train.demos), encode(ctx.corpus.heldout.demos)
+    require(rows, "demonstrations", recipe.batch, data.name)
+    steps = max(1, int(recipe.epochs * len(rows) / recipe.batch))
+    policy = new_policy(ctx.recipe.model, tokenizer)
+    learner = Learner(
+        Actor(policy), recipe.optim, steps, ctx.recipe.launch, ctx.world, ctx.recipe.model.precision
+    )
+
+    def collate(index) -> Batch:  # type: ignore[no-untyped-def]
+        return right_padded([rows[i] for i in index], pad, recipe.loss_on_prompt)
+
+    def judge(part: Rows) -> Judged:
+        logp, _ = learner.engine(part.tokens, part.attention, part.length)
+        return Judged({"policy": -logp.unsqueeze(1)}, {}, part.mask.unsqueeze(1))
+
+    def evaluate(last: bool) -> dict[str, float]:
+        some = heldout if last else heldout[: ctx.recipe.eval.prompts]
+        tokens, attention, mask = (
+            t.to(ctx.world.device) for t in right_padded(some, pad, on_prompt=False)
+        )
+        with learner.whole() as actor:
+            logp = per_token(
+                lambda part: actor(part.tokens, part.attention, part.length)[0],
+                tokens, attention, mask, ctx.recipe.launch.micro_batch,
+            )  # fmt: skip
+        return {"eval/loss": float(-logp.sum() / mask.sum())}
+
+    fit(
+        ctx, learner, len(rows), recipe.batch, recipe.seed, collate, judge,
+        lambda mask: denominators(mask.unsqueeze(1)), evaluate,
+    )  # fmt: skip
+    with learner.whole() as actor:
+        if ctx.world.is_main:
+            card = model_card(ctx)
+            checkpoint.save_final(ctx.run.final, actor.policy, tokenizer, card)
+
+
+def _tokenizer(ctx: Context) -> PreTrainedTokenizerBase:
+    """Trained on the demonstrations for a model from scratch, else the checkpoint's own."""
+    model = ctx.recipe.model
+    if model.scratch is None:
+        assert model.name is not None
+        return load_tokenizer(model.name, model.revision)
+    texts = (demo.prompt + demo.response for demo in ctx.corpus.train.demos)
+    return train_tokenizer(texts, model.scratch.vocab, model.scratch.context)

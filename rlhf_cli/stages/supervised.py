@@ -1,0 +1,83 @@
+"""The loop of the two stages that learn from given rows: SFT and the reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.engine.forward import Rows, in_parts
+from rlhf_cli.engine.learner import Judged, Learner
+from rlhf_cli.engine.order import batch_at
+from rlhf_cli.errors import UserError
+from rlhf_cli.stages.context import Context, check_finite, divided
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""tokens [N,L], attention [N,L], mask [N,L-1]."""
+
+
+def right_padded(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, on_prompt: bool
+) -> Batch:
+    """Lays (prompt ids, response ids) out from the left; the mask covers the tokens to be learned.
+
+    Column i of the mask is token i+1: the first token of a text has nothing before it.
+    """
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    tokens = torch.full((len(rows), width), pad)
+    attention = torch.zeros((len(rows), width), dtype=torch.bool)
+    mask = torch.zeros((len(rows), width - 1))
+    for row, (prompt, response) in enumerate(rows):
+        ids = torch.tensor([*prompt, *response])
+        tokens[row, : len(ids)] = ids
+        attention[row, : len(ids)] = True
+        mask[row, 0 if on_prompt else len(prompt) - 1 : len(ids) - 1] = 1.0
+    return tokens, attention, mask
+
+
+def fit(
+    ctx: Context,
+    learner: Learner,
+    rows: int,
+    batch: int,
+    seed: int,
+    collate: Callable[[Sequence[int]], Batch],
+    judge: Callable[[Rows], Judged],
+    count: Callable[[Tensor], Mapping[int, float]],
+    evaluate: Callable[[bool], Mapping[str, float]],
+    group: int = 1,
+) -> None:
+    """Trains for `learner.steps` steps on batches of row numbers, evaluating as often as RL does.
+
+    collate turns row numbers into a batch of `group` sequences each; count turns the whole batch's
+    mask into denominators; evaluate is told whether it is the last time.
+    """
+    divided(f"{ctx.recipe.stage}.batch", batch, ctx.world)
+    ctx.resume(learner)
+    ctx.progress.start(learner.steps, learner.step_index)
+    every = max(1, learner.steps // ctx.recipe.eval.points)
+    while (step := learner.step_index) < learner.steps:
+        batch_rows = collate(batch_at(rows, batch, step, seed).tolist())
+        tokens, attention, mask = (t.to(ctx.world.device) for t in batch_rows)
+        counts = count(mask)
+        mine = ctx.world.share(len(mask))
+        most = ctx.recipe.launch.micro_batch
+        parts = list(in_parts(tokens[mine], attention[mine], mask[mine], most, group))
+        metrics = learner.step(parts, judge, counts)
+        check_finite(metrics, step + 1)
+        row = {f"train/{name}": value for name, value in metrics.items()}
+        row["episodes"] = (step + 1) * batch
+        if (step + 1) % every == 0 or step + 1 == learner.steps:
+            row |= evaluate(step + 1 == learner.steps)
+            ctx.save(learner, {})
+        ctx.report(step + 1, row, f"loss {metrics['loss']:.3f}")
+
+
+def require(rows: Sequence[object], what: str, batch: int, title: str) -> None:
+    """UserError unless there are enough rows for one batch."""
+    if len(rows) < batch:
+        raise UserError(
+            f"data={title} has {len(rows)} {what} but a batch takes {batch}; "
+            "give more data or a smaller batch"
+        )

@@ -1,0 +1,148 @@
+"""The ledger of a run, `metrics.jsonl`, and the one vocabulary its names come from.
+
+Every figure and table is made from these files; a tracking service only mirrors them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_cli.errors import UserError
+from rlhf_cli.store.files import atomic_write, disk
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a name in the ledger stands for."""
+
+    unit: str
+    meaning: str
+
+
+VOCABULARY: dict[str, Metric] = {
+    "step": Metric("count", "rollouts learned from (rl) or optimiser steps taken (sft, reward)"),
+    "episodes": Metric("count", "responses drawn for learning (rl) or rows learned from"),
+    "wall": Metric("seconds", "time spent in the run so far, over all segments"),
+    "segment": Metric("count", "which start of the run wrote the row; 2 is after the first resume"),
+    "eval/kl": Metric("nats", "KL to the SFT policy, summed over a response: mean of k1"),
+    "eval/kl_se": Metric("nats", "standard error of eval/kl over prompts"),
+    "eval/kl_k3": Metric("nats", "the same KL by the estimator k3, never negative"),
+    "eval/kl_exact": Metric(
+        "nats", "the same KL, summed over the vocabulary at each visited state"
+    ),
+    "eval/reward": Metric("reward", "score of the learned reward model"),
+    "eval/reward_se": Metric("reward", "standard error of eval/reward over prompts"),
+    "eval/gold": Metric("gold", "score of the corpus's own gold reward"),
+    "eval/gold_se": Metric("gold", "standard error of eval/gold over prompts"),
+    "eval/length": Metric("tokens", "length of a response, end token included"),
+    "eval/eos_rate": Metric("share", "responses that ended by themselves"),
+    "eval/prompts": Metric("count", "held-out prompts answered"),
+    "eval/loss": Metric("nats", "held-out loss: per token (sft) or per pair (reward)"),
+    "eval/accuracy": Metric("share", "held-out pairs ranked as labelled"),
+    "eval/accuracy_low": Metric("share", "lower end of the 95% interval of eval/accuracy"),
+    "eval/accuracy_high": Metric("share", "upper end of the 95% interval of eval/accuracy"),
+    "train/loss": Metric("loss", "what was minimised, averaged over the updates of the step"),
+    "train/policy": Metric("loss", "the policy's part of train/loss"),
+    "train/value": Metric("loss", "the critic's part of train/loss"),
+    "train/kl": Metric(
+        "nats", "sequence KL of the sampling policy to the SFT policy on the rollout"
+    ),
+    "train/reward": Metric("reward", "score of the rollout's responses"),
+    "train/gold": Metric("gold", "gold reward of the rollout's responses"),
+    "train/length": Metric("tokens", "length of the rollout's responses"),
+    "train/eos_rate": Metric("share", "responses of the rollout that ended by themselves"),
+    "train/clip_fraction": Metric("share", "policy terms whose gradient the clipping cut"),
+    "train/value_clip_fraction": Metric("share", "critic terms beyond their clip range"),
+    "train/value_error": Metric("reward^2", "squared error of the critic"),
+    "train/accuracy": Metric("share", "pairs ranked as labelled"),
+    "train/margin": Metric("nats", "gap between the log-ratios of the responses of a pair"),
+    "train/log_ratio_max": Metric("nats", "largest |log pi - log pi_old| of a token"),
+    "train/grad_norm": Metric("norm", "L2 norm of the policy's gradient before clipping"),
+    "train/value_grad_norm": Metric("norm", "L2 norm of the critic's gradient before clipping"),
+    "train/lr": Metric("rate", "learning rate of the step's last update"),
+    "perf/step_seconds": Metric("seconds", "one step, evaluation not counted"),
+    "perf/generate_seconds": Metric("seconds", "drawing the responses"),
+    "perf/score_seconds": Metric("seconds", "forward passes of the frozen models"),
+    "perf/learn_seconds": Metric("seconds", "the updates"),
+    "perf/eval_seconds": Metric("seconds", "one evaluation"),
+    "perf/generated_tokens_per_second": Metric("tokens/s", "drawn over all processes"),
+    "perf/tokens_per_second": Metric("tokens/s", "learned from over all processes"),
+}
+"""Every name the project itself writes."""
+
+_WATCHED = re.compile(r"train/[a-z][a-z0-9_]*")
+
+
+def describe(name: str) -> Metric:
+    """Look a name up.
+
+    The words under `train/` belong to the algorithms: one from outside may watch a quantity that
+    is not listed here. Any other unlisted name is a defect. Raises ValueError.
+    """
+    if name not in VOCABULARY and not _WATCHED.fullmatch(name):
+        raise ValueError(f"{name!r} is not in the vocabulary of metrics (store/metrics.py)")
+    return VOCABULARY.get(name, Metric("", "watched by the algorithm"))
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Appends rows to a `metrics.jsonl`.
+
+    Call `rewind` once before the first row of a segment: it also clears what a crash tore.
+    """
+
+    path: Path
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append one row, on disk when this returns.
+
+        nan and inf are written as null, since JSON has no word for them, and read back as nan.
+        Raises ValueError for a name outside the vocabulary or a row without `step`.
+        """
+        for name in row:
+            describe(name)
+        if "step" not in row:
+            raise ValueError(f"a row of metrics needs a step, got {sorted(row)}")
+        line = json.dumps({name: _number(value) for name, value in row.items()})
+        with disk(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop, all at once, the rows of later steps and a torn last line; -1 drops all rows."""
+        if self.path.exists():
+            kept = (row for row in read(self.path) if row["step"] <= step)
+            lines = (json.dumps({n: _number(v) for n, v in row.items()}) + "\n" for row in kept)
+            atomic_write(self.path, "".join(lines))
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """Read the rows of a ledger; [] if there is none.
+
+    A torn last line is what a crash leaves behind and is passed over; one further up is damage.
+    Raises UserError, naming file and line.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(lines := path.read_text(encoding="utf-8").splitlines(True), 1):
+        try:
+            row = json.loads(line)
+            rows.append({n: math.nan if value is None else value for n, value in row.items()})
+        except (ValueError, AttributeError):
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise UserError(
+                f"{path}:{number} is not a row of metrics; remove the line, or delete the run's"
+                " folder and run the same command again."
+            ) from None
+    return rows
+
+
+def _number(value: float) -> float | None:
+    number = value if isinstance(value, int) else float(value)
+    return number if math.isfinite(number) else None

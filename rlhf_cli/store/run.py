@@ -1,0 +1,203 @@
+"""A run directory: `runs/<stage>/<label>-<key>/`, whose manifest alone says how far the run came.
+
+The manifest is written whole or not at all, and says `done` only after everything it lists is on
+disk. Whoever builds a run holds its lock; the operating system lets go of it when the holder dies,
+so a run that claims to be running while nobody holds its lock was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from rlhf_cli.errors import UserError
+from rlhf_cli.store.files import atomic_write, disk, sha256
+
+Status = Literal["missing", "running", "interrupted", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A directory and the files in it; holds no state of its own."""
+
+    path: Path
+    """Its name is <label>-<key>, its parent's name the stage."""
+
+    @property
+    def key(self) -> str:
+        """The name for machines: what follows the last dash of the directory's name."""
+        return self.path.name.rpartition("-")[2]
+
+    @property
+    def label(self) -> str:
+        """The name for people: what precedes the key."""
+        return self.path.name.rpartition("-")[0]
+
+    @property
+    def stage(self) -> str:
+        """The folder the run is kept in: sft, reward or rl."""
+        return self.path.absolute().parent.name
+
+    @property
+    def config_path(self) -> Path:
+        """The composed configuration, frozen before launch."""
+        return self.path / "config.yaml"
+
+    @property
+    def manifest_path(self) -> Path:
+        """What the run is, where it came from and how far it got."""
+        return self.path / "manifest.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object per line; see `store.metrics`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of the responses of each evaluation."""
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of what a resume needs, by step, and of the final model."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Folder of the finished model."""
+        return self.checkpoints / "final"
+
+    @property
+    def log(self) -> Path:
+        """Folder of each process's output."""
+        return self.path / "log"
+
+    def manifest(self) -> dict[str, Any]:
+        """Read the manifest; {} if there is none. Raises UserError if it is damaged."""
+        try:
+            manifest = json.loads(self.manifest_path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            manifest = None
+        if not isinstance(manifest, dict) or "status" not in manifest:
+            raise UserError(
+                f"{self.manifest_path} is damaged (not a JSON object with a status); delete"
+                f" {self.path} and run the same command again to rebuild it."
+            )
+        return manifest
+
+    def status(self) -> Status:
+        """How far the run came, going by its manifest and its lock."""
+        status: Status = self.manifest().get("status", "missing")
+        return "interrupted" if status == "running" and not self._is_locked() else status
+
+    def begin(self, config_yaml: str, manifest: Mapping[str, Any]) -> int:
+        """Open a segment: make the folders, freeze the configuration, then say `running`.
+
+        Returns the number of the segment, 1 for a new run. Call it while holding the lock.
+        """
+        before = self.manifest()
+        segment = int(before.get("segment", 0)) + 1
+        with disk(self.path):
+            for folder in (self.samples, self.checkpoints, self.log):
+                folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.config_path, config_yaml)
+        self._write(
+            {
+                **manifest,
+                "segment": segment,
+                "started": before.get("started", _now()),
+                "finished": None,
+                "status": "running",
+                "outputs": {},
+            }
+        )
+        return segment
+
+    def update(self, **fields: Any) -> None:
+        """Replace some fields of the manifest."""
+        self._write({**self.manifest(), **fields})
+
+    def finish(self, **fields: Any) -> None:
+        """Say `done`, with the sha256 digests of the metrics and of the final model's files."""
+        produced = [self.metrics_path, *sorted(self.final.rglob("*"))]
+        outputs = {p.relative_to(self.path).as_posix(): sha256(p) for p in produced if p.is_file()}
+        self.update(**fields, outputs=outputs, finished=_now(), status="done")
+
+    def fail(self, reason: str) -> None:
+        """Say `failed`, and why."""
+        self.update(reason=reason, finished=_now(), status="failed")
+
+    @contextmanager
+    def lock(self, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+        """Be the only one who builds this run; waits for another, after calling `on_wait` once."""
+        with disk(self._lock_path):
+            self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._lock_path)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if on_wait is not None:
+                    on_wait()
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.absolute().parent.parent / ".locks" / f"{self.key}.lock"
+
+    def _is_locked(self) -> bool:
+        if not self._lock_path.exists():
+            return False
+        try:
+            with FileLock(self._lock_path, timeout=0):
+                return False
+        except (Timeout, OSError):  # a lock we may not even open is someone else's
+            return True
+
+    def _write(self, manifest: Mapping[str, Any]) -> None:
+        atomic_write(self.manifest_path, json.dumps(manifest, indent=2) + "\n")
+
+
+def all_runs(root: Path) -> list[Run]:
+    """Every run kept below `root`, by stage and name; none if the folder is missing."""
+    return [Run(manifest.parent) for manifest in sorted(root.glob("[!.]*/*/manifest.json"))]
+
+
+def find(root: Path, reference: str) -> Run:
+    """Find the one run meant by a path, a directory's name, a key, or the beginning of either.
+
+    A full name or key wins over beginnings. Raises UserError if no run or several are meant.
+    """
+    if (Path(reference) / "manifest.json").is_file():
+        return Run(Path(reference))
+    runs = all_runs(root)
+    meant = [run for run in runs if reference in (run.path.name, run.key)] or [
+        run
+        for run in runs
+        if reference and (run.path.name.startswith(reference) or run.key.startswith(reference))
+    ]
+    if not meant:
+        raise UserError(
+            f"no run in {root} is called {reference!r}; `rlhf runs` lists those there are."
+        )
+    if len(meant) > 1:
+        names = ", ".join(run.path.name for run in meant)
+        raise UserError(f"{reference!r} may mean {names}; give the key of one of them.")
+    return meant[0]
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

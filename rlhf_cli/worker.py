@@ -1,0 +1,128 @@
+"""One process of one stage: reads its run directory, calls its stage. It never sees Hydra.
+
+Started by `launch`, in the driver's own process or by DeepSpeed's launcher as
+`python -m rlhf_cli.worker RUN_DIRECTORY`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from rlhf_cli.config import Recipe, read, recipe
+from rlhf_cli.data.corpus import Corpus, Dataset
+from rlhf_cli.engine.world import World, start
+from rlhf_cli.errors import UserError
+from rlhf_cli.stages.context import Context
+from rlhf_cli.stages.progress import Progress
+from rlhf_cli.store.files import atomic_write
+from rlhf_cli.store.run import Run
+from rlhf_cli.track import Mirror, open_mirror
+
+COMPLAINT = "complaint.txt"
+"""File in the run's log folder where a worker leaves the sentence meant for the user."""
+
+
+def work(path: Path) -> None:
+    """Carries out the stage that the run directory describes, as one of its processes."""
+    run = Run(path)
+    typed = recipe(read(run.config_path))
+    world = start(typed.launch.timeout)
+    _log_to(run.log / f"rank_{world.rank}.txt")
+    title = {"sft": "sft", "reward": "reward model", "rl": typed.name}[typed.stage]
+    with Progress(title, world.is_main) as progress:
+        corpus = _corpus(typed.data)
+        if world.is_main:
+            drops = {cause: len(where) for cause, where in corpus.drops.items()}
+            run.update(data={"digest": corpus.digest, "drops": drops})
+            _list_drops(run, corpus)
+        mirror = _mirror(run, typed, corpus) if world.is_main else Mirror()
+        manifest = run.manifest()
+        ctx = Context(
+            run=run,
+            recipe=typed,
+            world=world,
+            corpus=corpus,
+            parents={s: path.parents[1] / s / name for s, name in manifest["parent_runs"].items()},
+            segment=manifest["segment"],
+            mirror=mirror,
+            progress=progress,
+        )
+        finished = False
+        try:
+            import_module(f"rlhf_cli.stages.{typed.stage}").main(ctx)
+            finished = True
+        finally:
+            mirror.finish(0 if finished else 1)
+        world.barrier()
+
+
+@cache
+def _corpus(data: Dataset) -> Corpus:
+    """Loaded once per process: stages that run one after another share it."""
+    return data.load()
+
+
+def _list_drops(run: Run, corpus: Corpus) -> None:
+    """Names every row that was left out, by cause."""
+    lines = [f"{cause}\t{where}" for cause, rows in corpus.drops.items() for where in rows]
+    if lines:
+        atomic_write(run.log / "dropped_rows.txt", "\n".join(lines) + "\n")
+
+
+def _mirror(run: Run, typed: Recipe, corpus: Corpus) -> Mirror:
+    node = read(run.config_path)
+    return open_mirror(
+        typed.track,
+        run.path,
+        name=run.label,
+        key=run.key,
+        group=typed.group,
+        job_type=typed.stage,
+        tags=[corpus.title, typed.model.label, *([typed.name] if typed.stage == "rl" else [])],
+        config=dict(node),  # type: ignore[arg-type]
+    )
+
+
+def _log_to(path: Path) -> None:
+    """Sends the libraries' log and warnings to a file: the terminal is for the user."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    for name in ("DeepSpeed", "transformers", "datasets", "wandb"):
+        logger = logging.getLogger(name)
+        logger.handlers = []
+        logger.propagate = True
+    # A fresh reward head is new on purpose; load_reward_model checks that a trained one is not.
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    disable_progress_bar()
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point under a launcher; the exit code says how it went (0, 2 for a user's mistake)."""
+    path = Path(arguments[-1])
+    try:
+        work(path)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            atomic_write(Run(path).log / COMPLAINT, str(error))
+        return 2
+    except Exception:
+        logging.getLogger(__name__).exception("the stage failed")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The tests: the mathematics, the configuration, the chain and its faults."""

@@ -1,0 +1,1 @@
+"""The mathematics: properties every algorithm has, numbers each must give."""

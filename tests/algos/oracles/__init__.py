@@ -1,0 +1,64 @@
+"""Each algorithm again, one response and one token at a time: plain Python numbers, no tensors.
+
+An oracle is the module of its algorithm's module name with one function `judge`, and derives its
+gradients by hand. It shares no line with the code under test, not even the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+
+Row = list[float]
+Grid = list[list[Row]]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A case as nested lists; per-token entries are [p][g][t], per-response ones [p][g]."""
+
+    mask: Grid
+    logp_old: Grid
+    logp_ref: Grid
+    score: list[Row]
+    value_old: Grid
+    coin: list[Row]
+    logp: Grid
+    value: Grid
+
+    def tokens(self) -> Iterator[tuple[int, int, int]]:
+        """The places of all response tokens."""
+        for p, group in enumerate(self.mask):
+            for g, row in enumerate(group):
+                for t, here in enumerate(row):
+                    if here:
+                        yield p, g, t
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """The unordered pairs of responses to one prompt."""
+        return list(combinations(range(len(self.mask[0])), 2))
+
+    def log_ratio(self, p: int, g: int, top: Grid, bottom: Grid) -> float:
+        """Sum over the tokens of one response of top - bottom."""
+        length = int(sum(self.mask[p][g]))
+        return sum(top[p][g][t] - bottom[p][g][t] for t in range(length))
+
+    def zeros(self) -> Grid:
+        """A gradient to add to."""
+        return [[[0.0 for _ in row] for row in group] for group in self.mask]
+
+
+@dataclass
+class Answer:
+    """What an oracle says: the averaged loss, its gradients, the averaged watched numbers."""
+
+    loss: float
+    d_logp: Grid
+    d_value: Grid
+    watch: dict[str, float] = field(default_factory=dict)
+
+    def push(self, one: Numbers, p: int, g: int, slope: float) -> None:
+        """Add d loss / d h of one response to each of its tokens: h is their sum."""
+        for t in range(int(sum(one.mask[p][g]))):
+            self.d_logp[p][g][t] += slope

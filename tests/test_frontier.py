@@ -1,0 +1,163 @@
+"""The frontier figure: its numbers, its files, what it refuses, and what it does without."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.text import Text
+
+from rlhf_cli.errors import UserError
+from rlhf_cli.evals.table import points
+from rlhf_cli.figures.frontier import draw, frontier
+from rlhf_cli.figures.style import look, shade
+from rlhf_cli.store.run import Run
+from tests.test_store import a_run
+
+ALGOS = ("p3o_v2", "p3o_v1", "ppo", "dpo_online")
+
+
+def campaign(root: Path) -> list[Run]:
+    """Four algorithms with two seeds each and five evaluations per run; the reward is KL / 2 + seed."""
+    return [
+        a_run(
+            root,
+            algo,
+            seed=seed,
+            gold=True,
+            rows=[(step, step * (1.0 + place), step * (1.0 + place) / 2 + seed) for step in range(5)],
+        )
+        for place, algo in enumerate(ALGOS)
+        for seed in (1, 2)
+    ]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_eight_runs_give_40_points_20_means_and_4_lines_of_slope_one_half(tmp_path: Path) -> None:
+    files = frontier(campaign(tmp_path), tmp_path / "out" / "hh", "rlhf frontier --group hh")
+    assert {kind: path.name for kind, path in files.items()} == {
+        "png": "hh.png",
+        "pdf": "hh.pdf",
+        "csv": "hh.csv",
+        "json": "hh.json",
+        "fit": "hh_fit.csv",
+    }
+    rows = rows_of(files["csv"])
+    assert [sum(row["mark"] == kind for row in rows) for kind in ("point", "mean")] == [40, 20]
+    mean = next(r for r in rows if (r["mark"], r["curve"], r["step"]) == ("mean", "ppo", "2"))
+    # KL 6 for both seeds; reward 3 + seed, so 4.5 with half the distance as standard error
+    assert (mean["kl"], mean["kl_se"], mean["reward"], mean["reward_se"], mean["seeds"]) == (
+        ("6.0", "0.0", "4.5", "0.5", "2")
+    )
+    fits = {row["curve"]: row for row in rows_of(files["fit"])}
+    assert set(fits) == set(ALGOS)
+    for fit in fits.values():
+        assert float(fit["slope"]) == pytest.approx(0.5, abs=1e-9)
+        assert float(fit["intercept"]) == pytest.approx(1.5, abs=1e-9)
+        assert fit["n"] == "10"
+    assert files["png"].read_bytes()[:4] == b"\x89PNG" and files["pdf"].read_bytes()[:4] == b"%PDF"
+
+
+def test_the_origin_names_every_run_and_the_command(tmp_path: Path) -> None:
+    runs = campaign(tmp_path)
+    files = frontier(runs, tmp_path / "hh.png", "rlhf frontier")
+    origin = json.loads(files["json"].read_text())
+    assert origin["command"] == "rlhf frontier"
+    assert [run["key"] for run in origin["runs"]] == [run.key for run in runs]
+    assert all(
+        run["metrics_sha256"] == drawn.manifest()["outputs"]["metrics.jsonl"]
+        for run, drawn in zip(origin["runs"], runs, strict=True)
+    )
+
+
+def test_the_same_runs_give_the_same_picture_byte_for_byte(tmp_path: Path) -> None:
+    runs = campaign(tmp_path)
+    once = frontier(runs, tmp_path / "once" / "v1.5", "a")
+    twice = frontier(runs, tmp_path / "twice" / "v1.5.png", "b")
+    assert once["png"].name == twice["png"].name == "v1.5.png"
+    for kind in ("png", "pdf", "csv", "fit"):
+        assert once[kind].read_bytes() == twice[kind].read_bytes(), kind
+
+
+def test_what_is_drawn_is_what_is_in_the_runs(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "ppo", seed=1, rows=[(0, 0.0, 1.0), (5, 2.0, 4.0), (9, 4.0, 7.0)])
+    (axes,) = draw(points([run])).axes  # no gold, no second panel
+    marks, line, _ = axes.get_lines()
+    assert marks.get_xydata().tolist() == [[0.0, 1.0], [2.0, 4.0], [4.0, 7.0]]
+    assert line.get_xydata() == pytest.approx([[0.0, 1.0], [4.0, 7.0]], abs=1e-9)
+    across, upright = (bars.get_segments()[1] for bars in axes.collections)
+    assert across == pytest.approx([[1.95, 4.0], [2.05, 4.0]], abs=1e-9)
+    assert upright == pytest.approx([[2.0, 3.94], [2.0, 4.06]], abs=1e-9)
+
+
+def test_gold_gets_a_second_panel_joined_in_order_of_steps(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "ppo", seed=1, gold=True, rows=[(0, 0.0, 0.0), (5, 2.0, 4.0)])
+    reward, gold = draw(points([run])).axes
+    assert (reward.get_ylabel(), gold.get_ylabel()) == (
+        "reward (learned reward model)",
+        "gold reward",
+    )
+    assert gold.get_lines()[1].get_xydata().tolist() == [[0.0, 3.0], [2.0, 5.0]]
+
+
+def test_no_two_texts_overlap_and_none_leaves_the_page(tmp_path: Path) -> None:
+    for table in (points(campaign(tmp_path)), points(campaign(tmp_path)[:1])):
+        figure = draw(table)
+        figure.canvas.draw()
+        texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+        boxes = [(t.get_text(), t.get_window_extent()) for t in texts]
+        page = figure.bbox
+        for place, (text, box) in enumerate(boxes):
+            assert page.x0 <= box.x0 and box.x1 <= page.x1, text
+            assert page.y0 <= box.y0 and box.y1 <= page.y1, text
+            assert not [other for other, b in boxes[place + 1 :] if box.overlaps(b)], text
+
+
+def test_the_title_says_which_data_and_how_many_prompts_and_seeds(tmp_path: Path) -> None:
+    title = draw(points(campaign(tmp_path))).get_suptitle()
+    assert title == "hh-embedded · nano · 280 held-out prompts · 2 seeds"
+
+
+def test_one_evaluation_and_a_reward_of_nan_are_drawn_without_a_line(tmp_path: Path) -> None:
+    one = a_run(tmp_path, "ppo", seed=1, rows=[(0, 0.0, 1.0), (5, 1.0, math.nan)])
+    files = frontier([one], tmp_path / "one", "")
+    assert [row["reward"] for row in rows_of(files["csv"])] == ["1.0", ""]
+    assert rows_of(files["fit"]) == []
+
+
+def test_runs_without_evaluations_or_from_other_parents_are_refused(tmp_path: Path) -> None:
+    ppo = a_run(tmp_path, "ppo", seed=1)
+    with pytest.raises(UserError, match=r"no evaluation to draw in 1 run\(s\), 0 of stage rl"):
+        frontier([a_run(tmp_path, "ppo", seed=1, stage="sft")], tmp_path / "out", "")
+    with pytest.raises(UserError, match=r"no evaluation to draw in 1 run\(s\), 1 of stage rl"):
+        frontier([a_run(tmp_path, "ppo", seed=9, rows=[])], tmp_path / "out", "")
+    with pytest.raises(UserError, match="sft parents differ"):
+        frontier([ppo, a_run(tmp_path, "ppo", seed=2, parents={"sft": "z"})], tmp_path / "out", "")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_algorithm_looks_the_same_alone_and_among_others() -> None:
+    assert len({look(algo).colour for algo in ALGOS}) == len({look(a).marker for a in ALGOS}) == 4
+    assert look("somebodys_own") == look("somebodys_own")
+    assert shade("#0072B2", 0) == shade("#0072B2", 3) == "#0072b2"
+    assert len({shade("#0072B2", place) for place in range(3)}) == 3
+
+
+def test_a_figure_is_made_without_torch_transformers_and_wandb(root: Path) -> None:
+    code = (
+        "import sys, rlhf_cli.figures.frontier; "
+        "print(sorted({'torch', 'transformers', 'wandb', 'matplotlib.pyplot'} & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,218 @@
+"""Who may import whom: the plan of the house, held against every file of the package."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "rlhf_cli"
+SOURCE = Path(__file__).resolve().parents[1] / PACKAGE
+
+EVERYONE = {"errors", "recipes"}
+"""Rooms any other may import."""
+
+ROOMS: dict[str, str] = {
+    "__init__": "",
+    "__main__": "cli",
+    "errors": "",
+    "recipes": "",
+    "core": "",
+    "algos": "core",
+    "data": "core",
+    "models": "core",
+    "store": "",
+    "engine": "core models",
+    "evals": "core store",
+    "figures": "store evals",
+    "track": "store",
+    "complaints": "",
+    "config": "complaints core data store",
+    "plan": "config core store",
+    "stages": "core data models store engine evals track config",
+    "worker": "config core data engine stages store track",
+    "launch": "config engine plan store worker",
+    "cli": "complaints config evals figures launch plan store",
+}
+"""Room -> the rooms it may import beside itself, at any depth of the file, types included.
+
+Nobody but a yaml's `_target_` names an algorithm: no room lists `algos`.
+"""
+
+LIBRARIES: dict[str, str] = {
+    "__init__": "",
+    "__main__": "",
+    "errors": "",
+    "recipes": "pydantic",
+    "core": "torch numpy pydantic",
+    "algos": "torch pydantic",
+    "data": "datasets numpy pydantic tokenizers torch",
+    "models": "safetensors tokenizers torch transformers",
+    "store": "filelock",
+    "engine": "deepspeed numpy safetensors torch transformers",
+    "evals": "numpy omegaconf scipy torch",
+    "figures": "matplotlib numpy scipy",
+    "track": "wandb",
+    "complaints": "hydra omegaconf pydantic yaml",
+    "config": "hydra omegaconf pydantic torch yaml",
+    "plan": "omegaconf rich",
+    "stages": "numpy rich torch transformers",
+    "worker": "omegaconf rich torch",
+    "launch": "deepspeed omegaconf rich torch",
+    "cli": "hydra omegaconf rich typer",
+}
+"""Room -> third-party packages it may import; those needed for types alone are free."""
+
+HEAVY = set("torch transformers datasets hydra wandb deepspeed matplotlib scipy".split())
+
+LATE: dict[str, set[str]] = {
+    "cli": HEAVY,
+    "__main__": HEAVY,
+    "config": {"torch", "hydra"},
+    "data": {"torch", "transformers", "datasets"},
+    "launch": {"torch", "deepspeed"},
+    "track": {"wandb"},
+}
+"""Room -> packages it may import inside functions only, so that importing the room stays quick."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module."""
+
+    module: str
+    line: int
+    late: bool
+    """Inside a function: not run when the file is imported."""
+    typing: bool
+    """Under `if TYPE_CHECKING`: never run."""
+
+
+def imports(tree: ast.AST, package: str, late: bool = False, typing: bool = False) -> Iterator[Import]:
+    """All imports of a file whose package is `package` (dotted), relative ones spelled out."""
+    for node in ast.iter_child_nodes(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            origin = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+            # `from rlhf_cli import plan` names a room only in its second half.
+            names = [f"{origin}.{a.name}" if origin == PACKAGE else origin for a in node.names]
+        yield from (Import(name, node.lineno, late, typing) for name in names)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.body:
+                yield from imports(ast.Module([child], []), package, late, typing=True)
+        else:
+            yield from imports(node, package, late or inside, typing)
+
+
+def room_of(path: Path, source: Path) -> str:
+    """The first part of a file's path: a folder or a module of the package."""
+    return path.relative_to(source).parts[0].removesuffix(".py")
+
+
+def complaint(room: str, found: Import) -> str | None:
+    """What is wrong with an import, or None."""
+    top, *rest = found.module.split(".")
+    if top == PACKAGE:
+        target = rest[0] if rest and not rest[0].startswith("__") else "__init__"
+        allowed = {room, "__init__", *EVERYONE, *ROOMS[room].split()}
+        return None if target in allowed else f"{room} may not import {target}"
+    if top in sys.stdlib_module_names or found.typing:
+        return None
+    if top not in LIBRARIES[room].split():
+        return f"{room} may not import {top}"
+    if top in LATE.get(room, set()) and not found.late:
+        return f"{room} may import {top} inside functions only"
+    return None
+
+
+def violations(source: Path) -> list[str]:
+    """Every import of the tree that the tables do not allow, as path:line: reason."""
+    wrong = []
+    for path in sorted(source.rglob("*.py")):
+        room = room_of(path, source)
+        if room not in ROOMS:
+            wrong.append(f"{path.name}: the room {room} has no line in the table")
+            continue
+        package = ".".join([PACKAGE, *path.relative_to(source).parts[:-1]])
+        for found in imports(ast.parse(path.read_text()), package):
+            if reason := complaint(room, found):
+                wrong.append(f"{path.relative_to(source)}:{found.line}: {reason}")
+    return wrong
+
+
+def test_every_import_of_the_package_is_in_the_table() -> None:
+    assert violations(SOURCE) == []
+    assert ROOMS.keys() == LIBRARIES.keys()
+
+
+def test_nobody_but_its_own_yaml_knows_an_algorithm() -> None:
+    assert [room for room, others in ROOMS.items() if "algos" in others.split()] == []
+
+
+def test_no_two_rooms_may_import_each_other() -> None:
+    reach = {room: set(others.split()) for room, others in ROOMS.items()}
+    for _ in ROOMS:
+        for room in reach:
+            reach[room] |= {far for near in reach[room] for far in reach[near]}
+    assert [room for room in reach if room in reach[room]] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("algos/new.py", "from rlhf_cli.engine.world import World", "algos may not import engine"),
+        ("algos/new.py", "from ..engine import world", "algos may not import engine"),
+        ("engine/new.py", "def f():\n    import rlhf_cli.algos.p3o", "engine may not import algos"),
+        ("core/new.py", "from rlhf_cli import plan", "core may not import plan"),
+        ("core/new.py", "if TYPE_CHECKING:\n    from rlhf_cli.plan import Plan", "import plan"),
+        ("figures/new.py", "def f():\n    import torch.nn", "figures may not import torch"),
+        ("figures/new.py", "import wandb", "figures may not import wandb"),
+        ("store/new.py", "import numpy as np", "store may not import numpy"),
+        ("core/new.py", "import transformers", "core may not import transformers"),
+        ("cli.py", "try:\n    import hydra\nfinally:\n    pass", "hydra inside functions only"),
+        ("cli.py", "import torch", "cli may not import torch"),
+        ("data/new.py", "class A:\n    import torch", "torch inside functions only"),
+        ("attic/new.py", "import os", "the room attic has no line"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, file: str, text: str, reason: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text + "\n")
+    found = violations(tmp_path)
+    assert len(found) == 1 and reason in found[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("algos/new.py", "from ..core.masked import whiten\nfrom . import p3o\nimport torch"),
+        ("cli.py", "def f():\n    import hydra\n    from rlhf_cli.figures import frontier"),
+        ("data/new.py", "if TYPE_CHECKING:\n    from transformers import PreTrainedTokenizerBase"),
+        ("store/new.py", "import json\nfrom rlhf_cli.errors import UserError"),
+    ],
+)
+def test_an_allowed_import_is_not_called_a_violation(tmp_path: Path, file: str, text: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text + "\n")
+    assert violations(tmp_path) == []
+
+
+@pytest.mark.parametrize("module", ["cli", "figures.frontier", "store.run", "data.corpus", "plan"])
+def test_importing_it_brings_no_torch_not_even_through_others(module: str) -> None:
+    code = f"import sys, {PACKAGE}.{module}; print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SOURCE.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not {"torch", "transformers", "wandb", "deepspeed"} & set(done.stdout.split())
