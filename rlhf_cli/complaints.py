@@ -64,7 +64,7 @@ def of_composition(error: Exception) -> UserError | None:
             return UserError(f"{match[1]} is not a key of the configuration; {KEYS}.")
         if match := re.search(r"Ambiguous value for argument '(.+)'", line):
             return UserError(f"{match[1]} names several values; add -m to run one after the other.")
-        return UserError(f"the configuration cannot be composed: {line}; {KEYS}.")
+        return UserError(f"the configuration cannot be composed: {line}.")
     if isinstance(error, OmegaConfBaseException):
         # Our own resolvers refuse a value by a UserError, which OmegaConf wraps.
         line = line.removeprefix("UserError raised while resolving interpolation: ")

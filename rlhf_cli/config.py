@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 
-from rlhf_cli import complaints, recipes
+from rlhf_cli import checks, complaints, recipes
 from rlhf_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,9 +100,8 @@ def settled(node: DictConfig) -> DictConfig:
     """
     for key in _missing(OmegaConf.to_container(node, resolve=False)):
         raise UserError(f"{key} has no value yet; give it one with {key}=VALUE.")
-    node = node.copy()
-    OmegaConf.resolve(node)
-    return node
+    # Not OmegaConf.resolve, whose errors do not say which key they are about.
+    return DictConfig(OmegaConf.to_container(node, resolve=True))
 
 
 def freeze(node: DictConfig) -> str:
@@ -136,7 +135,7 @@ def recipe(node: DictConfig) -> Recipe:
         if group in values:
             values[group] = _built(group, values[group], contract)
     typed = _typed(Recipe, values, "")
-    for fault in _faults(typed):
+    for fault in checks.faults(typed):
         raise UserError(fault)
     return typed
 
@@ -200,60 +199,6 @@ def _typed(cls: type, values: dict[Any, Any], prefix: str) -> Any:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         raise complaints.of_values(error, prefix) from None
-
-
-def _faults(recipe: Recipe) -> Iterator[str]:
-    """What the values say about each other: one sentence per contradiction."""
-    update, launch, n = recipe.algo.update, recipe.launch, recipe.launch.processes
-    responses = recipe.algo.sampling().responses
-    share = responses * update.minibatches * n
-    if update.batch % share:
-        near = max(share, update.batch // share * share)
-        yield (
-            f"algo.update.batch={update.batch} cannot be dealt out evenly: it must be a multiple"
-            f" of {responses} responses per prompt x {update.minibatches} minibatches x {n}"
-            f" processes = {share}; set algo.update.batch={near}."
-        )
-    if update.episodes % update.batch:
-        near = max(update.batch, update.episodes // update.batch * update.batch)
-        yield (
-            f"algo.update.episodes={update.episodes} is no whole number of rollouts of"
-            f" algo.update.batch={update.batch} responses; set algo.update.episodes={near}."
-        )
-    for stage, batch in ("sft", recipe.sft.batch), ("reward", recipe.reward.batch):
-        if batch % n:
-            yield (
-                f"{stage}.batch={batch} cannot be dealt out evenly to launch.processes={n}; set"
-                f" {stage}.batch={max(n, batch // n * n)}."
-            )
-    if launch.kind == "inline" and n > 1:
-        yield f"launch.processes={n} needs a launcher; add launch=deepspeed."
-    if n > 1 and (devices := _cuda_devices()) and n > devices:
-        yield f"launch.processes={n} is more than this machine's {devices} CUDA devices; lower it."
-    for key, model in ("model", recipe.model), ("reward.model", recipe.reward.model):
-        if model.scratch and model.scratch.width % model.scratch.heads:
-            yield (
-                f"{key}.scratch.width={model.scratch.width} must be a multiple of"
-                f" {key}.scratch.heads={model.scratch.heads}; set"
-                f" {key}.scratch.width={32 * model.scratch.heads}."
-            )
-        data = recipe.data
-        if model.scratch and model.scratch.context < (
-            longest := data.max_prompt_tokens + data.max_response_tokens
-        ):
-            yield (
-                f"{key}.scratch.context={model.scratch.context} is shorter than"
-                f" data.max_prompt_tokens={data.max_prompt_tokens} + data.max_response_tokens="
-                f"{data.max_response_tokens}; set {key}.scratch.context={longest}."
-            )
-        if not model.scratch and not model.name:
-            yield f"{key}.name is missing; name a Hugging Face repository or a local folder."
-
-
-def _cuda_devices() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _line(error: Exception) -> str:

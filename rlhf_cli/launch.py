@@ -127,7 +127,7 @@ def _environment(processes: int) -> dict[str, str]:
     import torch
 
     each = max(1, len(os.sched_getaffinity(0)) // processes)
-    environment = {"OMP_NUM_THREADS": str(each), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(each), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     root = str(Path(__file__).resolve().parents[1])

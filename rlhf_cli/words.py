@@ -64,6 +64,9 @@ def _command_line(*words: str) -> Iterator[None]:
             complaint = heard.getvalue().strip().rpartition("error: ")[2]
             heard = StringIO()
             raise UserError(f"{complaint}; `rlhf train --help` has examples.") from exit
+    except UserError:
+        heard = StringIO()  # Hydra's own remarks on it
+        raise
     finally:
         sys.argv = before
         sys.stderr.write(heard.getvalue())

@@ -22,7 +22,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real rows beside the repository; its tests are skipped, with the reason, without it."""
+    """Folder of real rows beside the repository; without it, tests that ask for it are skipped."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("NOT TESTED on real rows: ../shared/data is not beside the repository")

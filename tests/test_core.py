@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from math import sqrt
 
 import pytest
 import torch
-from torch import Tensor
 
 from rlhf_cli.core.algorithm import Sampling, Targets
 from rlhf_cli.core.masked import averages, denominators, masked_mean, whiten
 from rlhf_cli.core.pairs import pairs
 from rlhf_cli.core.returns import at_last_token, gae
 from rlhf_cli.core.rollout import sequence_sum
-from tests.algos.toys import case, tensor
+from tests.algos import toys
+from tests.algos.cases import case
+from tests.algos.toys import tensor
 
 EXACT = 1e-12
 """Float64 sums of a handful of terms."""
+close = partial(toys.close, tolerance=EXACT)
 
 MASK = tensor([[[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [0, 0, 0]]])
 """Two prompts, two responses of 3, 1, 2 and 0 tokens."""
-
-
-def close(got: Tensor, expected: object, tolerance: float = EXACT) -> None:
-    """Equal shapes and equal numbers."""
-    torch.testing.assert_close(got, tensor(expected), atol=tolerance, rtol=0)
 
 
 # --- the one mean
@@ -66,21 +64,25 @@ def test_masked_mean_of_1_2_3_and_a_hidden_100_is_2() -> None:
 def test_whitening_1_2_3_4_gives_the_population_z_scores() -> None:
     ones = torch.ones(4, dtype=torch.float64)
     white = [-1.341641, -0.447214, 0.447214, 1.341641]
-    close(whiten(tensor([1, 2, 3, 4]), ones), white, 6e-7)
-    close(whiten(tensor([1, 2, 3, 4]), ones, shift_mean=False), [w + 2.5 for w in white], 6e-7)
+    close(whiten(tensor([1, 2, 3, 4]), ones), white, tolerance=6e-7)
+    close(
+        whiten(tensor([1, 2, 3, 4]), ones, shift_mean=False),
+        [w + 2.5 for w in white],
+        tolerance=6e-7,
+    )
 
 
 def test_whitening_sees_only_where_the_mask_is_one() -> None:
     x, mask = tensor([1, 50, 3, -50]), tensor([1, 0, 1, 0])
-    close(whiten(x, mask), [-1, 0, 1, 0], 1e-8)
-    close(whiten(x, mask, shift_mean=False), [1, 0, 3, 0], 1e-8)
+    close(whiten(x, mask), [-1, 0, 1, 0], tolerance=1e-8)
+    close(whiten(x, mask, shift_mean=False), [1, 0, 3, 0], tolerance=1e-8)
 
 
 def test_whitening_a_constant_gives_zero_and_a_small_spread_is_damped_by_1e_minus_8() -> None:
     ones = torch.ones(2, dtype=torch.float64)
     close(whiten(tensor([3, 3]), ones), [0, 0])
     small = 1e-4 / sqrt(2e-8)
-    close(whiten(tensor([1 - 1e-4, 1 + 1e-4]), ones), [-small, small], 1e-9)
+    close(whiten(tensor([1 - 1e-4, 1 + 1e-4]), ones), [-small, small], tolerance=1e-9)
 
 
 # --- returns
@@ -145,13 +147,10 @@ def test_sequence_sum_adds_response_tokens_only() -> None:
     close(sequence_sum(torch.full((2, 2, 3), 2.5, dtype=torch.float64), MASK), [[7.5, 2.5], [5, 0]])
 
 
-def test_sequence_sum_of_512_bf16_tokens_is_added_in_fp32() -> None:
-    # In bf16 the running sum sticks at 256: its next neighbour is 258.
-    tokens = torch.ones(1, 1, 512, dtype=torch.bfloat16)
-    total = sequence_sum(tokens, torch.ones(1, 1, 512))
-    assert total.dtype == torch.float32 and total.item() == 512
-    half = sequence_sum(tokens, torch.ones(1, 1, 512, dtype=torch.bfloat16))
-    assert half.dtype == torch.float32 and half.item() == 512
+def test_sequence_sum_of_515_bf16_tokens_is_515_because_the_mask_is_fp32() -> None:
+    # The neighbours of 515 in bf16 are 512 and 516.
+    total = sequence_sum(torch.ones(1, 1, 515, dtype=torch.bfloat16), torch.ones(1, 1, 515))
+    assert total.dtype == torch.float32 and total.item() == 515
 
 
 def test_taking_prompts_2_and_0_takes_them_of_every_tensor_and_keeps_the_rest() -> None:

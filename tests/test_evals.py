@@ -23,8 +23,8 @@ from tests.test_store import a_run
 LN = math.log
 f64 = partial(torch.tensor, dtype=torch.float64)
 
-# Two tokens, 0 ends the response. Three responses: [0], [1 0], [1 1]; the first is padded with a token
-# whose log-probabilities are nan, as the logits of padding may be.
+# Two tokens, 0 ends the response. Three responses: [0], [1 0], [1 1]; the first is padded, with
+# log-probabilities of nan to show that padding is not read.
 NAN = math.nan
 LOGP = f64([[LN(0.5), NAN], [LN(0.5), LN(0.25)], [LN(0.5), LN(0.75)]])
 LOGP_REF = f64([[LN(0.75), NAN], [LN(0.25), LN(0.5)], [LN(0.25), LN(0.5)]])
@@ -145,9 +145,9 @@ def test_two_seeds_make_one_curve_and_their_mean_is_over_seeds(tmp_path: Path) -
 
 def test_curves_of_one_algorithm_are_named_by_the_settings_that_differ(tmp_path: Path) -> None:
     runs = [
-        a_run(tmp_path, "ppo", seed=1, algo_yaml="{beta: 0.1, optim: {lr: 1.0e-6}}"),
-        a_run(tmp_path, "ppo", seed=2, algo_yaml="{beta: 0.1, optim: {lr: 1.0e-5}}"),
-        a_run(tmp_path, "p3o_v2", seed=1, algo_yaml="{beta: 0.2}"),
+        a_run(tmp_path, "ppo", seed=1, hyper={"beta": 0.1, "optim": {"lr": 1e-6}}),
+        a_run(tmp_path, "ppo", seed=2, hyper={"beta": 0.1, "optim": {"lr": 1e-5}}),
+        a_run(tmp_path, "p3o_v2", seed=1, hyper={"beta": 0.2}),
     ]
     curves = {p.curve for p in points(runs)}
     assert curves == {"ppo optim.lr=1e-06", "ppo optim.lr=1e-05", "p3o_v2"}
@@ -155,8 +155,8 @@ def test_curves_of_one_algorithm_are_named_by_the_settings_that_differ(tmp_path:
 
 def test_how_a_run_was_launched_does_not_split_its_curve(tmp_path: Path) -> None:
     runs = [
-        a_run(tmp_path, "ppo", seed=1, how="launch: {processes: 1}"),
-        a_run(tmp_path, "ppo", seed=2, how="launch: {processes: 2}"),
+        a_run(tmp_path, "ppo", seed=1, launch={"processes": 1}),
+        a_run(tmp_path, "ppo", seed=2, launch={"processes": 2}),
     ]
     assert {p.curve for p in points(runs)} == {"ppo"}
 

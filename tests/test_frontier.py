@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from matplotlib.text import Text
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from rlhf_cli.errors import UserError
 from rlhf_cli.evals.table import points
@@ -23,14 +24,16 @@ ALGOS = ("p3o_v2", "p3o_v1", "ppo", "dpo_online")
 
 
 def campaign(root: Path) -> list[Run]:
-    """Four algorithms with two seeds each and five evaluations per run; the reward is KL / 2 + seed."""
+    """Four algorithms, two seeds each, five evaluations per run; the reward is KL / 2 + seed."""
     return [
         a_run(
             root,
             algo,
             seed=seed,
             gold=True,
-            rows=[(step, step * (1.0 + place), step * (1.0 + place) / 2 + seed) for step in range(5)],
+            rows=[
+                (step, step * (1.0 + place), step * (1.0 + place) / 2 + seed) for step in range(5)
+            ],
         )
         for place, algo in enumerate(ALGOS)
         for seed in (1, 2)
@@ -93,10 +96,10 @@ def test_what_is_drawn_is_what_is_in_the_runs(tmp_path: Path) -> None:
     (axes,) = draw(points([run])).axes  # no gold, no second panel
     marks, line, _ = axes.get_lines()
     assert marks.get_xydata().tolist() == [[0.0, 1.0], [2.0, 4.0], [4.0, 7.0]]
-    assert line.get_xydata() == pytest.approx([[0.0, 1.0], [4.0, 7.0]], abs=1e-9)
+    assert np.allclose(line.get_xydata(), [[0.0, 1.0], [4.0, 7.0]], atol=1e-9)
     across, upright = (bars.get_segments()[1] for bars in axes.collections)
-    assert across == pytest.approx([[1.95, 4.0], [2.05, 4.0]], abs=1e-9)
-    assert upright == pytest.approx([[2.0, 3.94], [2.0, 4.06]], abs=1e-9)
+    assert np.allclose(across, [[1.95, 4.0], [2.05, 4.0]], atol=1e-9)
+    assert np.allclose(upright, [[2.0, 3.94], [2.0, 4.06]], atol=1e-9)
 
 
 def test_gold_gets_a_second_panel_joined_in_order_of_steps(tmp_path: Path) -> None:
@@ -109,17 +112,20 @@ def test_gold_gets_a_second_panel_joined_in_order_of_steps(tmp_path: Path) -> No
     assert gold.get_lines()[1].get_xydata().tolist() == [[0.0, 3.0], [2.0, 5.0]]
 
 
-def test_no_two_texts_overlap_and_none_leaves_the_page(tmp_path: Path) -> None:
-    for table in (points(campaign(tmp_path)), points(campaign(tmp_path)[:1])):
-        figure = draw(table)
-        figure.canvas.draw()
-        texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
-        boxes = [(t.get_text(), t.get_window_extent()) for t in texts]
-        page = figure.bbox
-        for place, (text, box) in enumerate(boxes):
-            assert page.x0 <= box.x0 and box.x1 <= page.x1, text
-            assert page.y0 <= box.y0 and box.y1 <= page.y1, text
-            assert not [other for other, b in boxes[place + 1 :] if box.overlaps(b)], text
+def test_no_two_labels_overlap_and_none_leaves_the_page(tmp_path: Path) -> None:
+    curves = [a_run(tmp_path, "ppo", seed=1, hyper={"beta": b}) for b in (0.1, 0.2, 0.5)]
+    for runs in (campaign(tmp_path), campaign(tmp_path)[:1], curves):
+        figure = draw(points(runs))
+        FigureCanvasAgg(figure).draw()
+        (legend,) = figure.legends
+        labels = [*figure.texts, legend.get_title(), *legend.get_texts()]
+        labels += [axis.label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+        boxes = [label.get_window_extent() for label in labels]
+        assert len(boxes) >= 5
+        for place, box in enumerate(boxes):
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, labels[place]
+            assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, labels[place]
+            assert not any(box.overlaps(other) for other in boxes[place + 1 :]), labels[place]
 
 
 def test_the_title_says_which_data_and_how_many_prompts_and_seeds(tmp_path: Path) -> None:
@@ -143,6 +149,14 @@ def test_runs_without_evaluations_or_from_other_parents_are_refused(tmp_path: Pa
     with pytest.raises(UserError, match="sft parents differ"):
         frontier([ppo, a_run(tmp_path, "ppo", seed=2, parents={"sft": "z"})], tmp_path / "out", "")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_run_named_twice_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(tmp_path, "ppo", seed=1)
+    monkeypatch.chdir(tmp_path)
+    again = Run(run.path.relative_to(tmp_path))
+    rows = rows_of(frontier([run, again], tmp_path / "out", "")["csv"])
+    assert [row["mark"] for row in rows] == ["point"] * 3
 
 
 def test_an_algorithm_looks_the_same_alone_and_among_others() -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,13 @@ def a_run(
     *,
     rows: Sequence[tuple[int, float, float]] = ROWS,
     gold: bool = False,
-    algo_yaml: str = "{beta: 0.1}",
-    how: str = "launch: {processes: 1}",
+    hyper: Mapping[str, Any] | None = None,
     prompts: int = 280,
     **manifest: Any,
 ) -> Run:
     """A finished RL run with evaluations (step, KL, reward), as the stages leave it."""
-    name = key({"algo": algo, "seed": seed, "rest": [algo_yaml, prompts, manifest]})
+    science = {"algo": hyper or {"beta": 0.1}, "algo_class": algo, "seed": seed}
+    name = key({"science": science, "rest": [prompts, manifest]})
     run = Run(root / "rl" / f"{algo}-hh_embedded-nano-s{seed}-{name}")
     described = {
         "key": name,
@@ -53,11 +53,12 @@ def a_run(
         "beta": 0.1,
         "parents": {"sft": "aaaa", "reward": "bbbb"},
         "data": {"digest": "d", "drops": {}},
+        "science": science,
     }
-    run.begin(f"seed: {seed}\nalgo: {algo_yaml}\n{how}\n", described | manifest)
+    run.begin(f"seed: {seed}\n", described | manifest)
     ledger = Ledger(run.metrics_path)
     for step, kl, reward in rows:
-        row = {"step": step, "episodes": step * 128, "eval/prompts": prompts}
+        row: dict[str, float] = {"step": step, "episodes": step * 128, "eval/prompts": prompts}
         row |= {"eval/kl": kl, "eval/kl_se": 0.05, "eval/kl_k3": kl}
         row |= {"eval/reward": reward, "eval/reward_se": 0.06}
         row |= {"eval/gold": 3 + reward / 2, "eval/gold_se": 0.1} if gold else {}
@@ -67,12 +68,12 @@ def a_run(
     return run
 
 
-def test_the_key_of_a_known_description_is_4de3ba5d1e() -> None:
-    # sha256 of {"a":[1,0.001,null,true],"b":{"c":"π"}}: a changed key would disown every finished run
+def test_the_key_of_a_known_description_is_8575ba05bf() -> None:
+    # by sha256sum of the text below; a change would disown every finished run
     assert canonical({"b": {"c": "π"}, "a": (1.0, 1e-3, None, True)}) == (
         '{"a":[1,0.001,null,true],"b":{"c":"π"}}'
     )
-    assert key({"b": {"c": "π"}, "a": (1.0, 1e-3, None, True)}) == "4de3ba5d1e"
+    assert key({"b": {"c": "π"}, "a": (1.0, 1e-3, None, True)}) == "8575ba05bf"
 
 
 def test_1_and_1_0_share_a_key_but_true_and_1_1_do_not() -> None:
@@ -188,7 +189,13 @@ def test_runs_are_found_by_path_name_key_or_beginning(tmp_path: Path) -> None:
     (tmp_path / "rl" / "notes").mkdir()
     assert all_runs(tmp_path) == sorted([one, two], key=lambda run: run.path)
     assert all_runs(tmp_path / "nowhere") == []
-    for reference in (str(one.path), one.path.name, one.key, one.key[:6], "ppo-hh_embedded-nano-s1"):
+    for reference in (
+        str(one.path),
+        one.path.name,
+        one.key,
+        one.key[:6],
+        "ppo-hh_embedded-nano-s1",
+    ):
         assert find(tmp_path, reference) == one
 
 
@@ -198,7 +205,7 @@ def test_an_ambiguous_or_unknown_reference_is_refused_by_name(tmp_path: Path) ->
         find(tmp_path, "ppo")
     assert all(name in str(ambiguous.value) for name in names)
     for reference in ("p3o", "", "nano"):
-        with pytest.raises(UserError, match="no run in .* is called"):
+        with pytest.raises(UserError, match=r"no run in .* is called"):
             find(tmp_path, reference)
 
 

@@ -70,5 +70,5 @@ class Forward:
 
 
 def sequence_sum(per_token: Tensor, mask: Tensor) -> Tensor:
-    """[P,G,T] -> [P,G]: sum over response tokens, in fp32."""
-    return (per_token.float() if per_token.dtype != torch.float64 else per_token).mul(mask).sum(-1)
+    """[P,G,T] -> [P,G]: sum over response tokens, in the precision of the mask (fp32 or better)."""
+    return per_token.to(mask.dtype).mul(mask).sum(-1)

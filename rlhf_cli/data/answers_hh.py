@@ -46,7 +46,7 @@ def write(prompt: str, rng: Random) -> str:
     ask = read_prompt(prompt)
     said = _opening(rng)
     said += _improper(ask, rng) if ask.improper else _proper(ask, rng)
-    # Only short answers are drawn out, so that none outgrows the response length of the shipped values.
+    # Only short answers are drawn out, so that none outgrows the shipped response length.
     if 0 < len(said) < 4:
         if rng.random() < REPEATED:
             said.append(said[-1])

@@ -1,8 +1,8 @@
 """What a dataset hands to the stages: demonstrations, preference pairs and prompts, in two splits.
 
-A prompt ends where the answer begins (`"\\n\\nAssistant:"` in HH, `"TL;DR:"` in TL;DR). A response is the
-text that follows it, leading space included and without an end token, so `prompt + response` is the
-transcript. Nothing here knows about tokens.
+A prompt ends where the answer begins (`"\\n\\nAssistant:"` in HH, `"TL;DR:"` in TL;DR). A response
+is the text that follows it, leading space included and without an end token, so `prompt + response`
+is the transcript. Nothing here knows about tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias, TypeVar
 from rlhf_cli.errors import UserError
 
 Gold: TypeAlias = Callable[[Sequence[str], Sequence[str]], list[float]]
-"""Prompts and responses, one to one, to their true scores; exists only where the project made the data."""
+"""Prompts and responses, one to one, to true scores; known only where the project made the data."""
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ class Dataset(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """What of the rows enters a run's key: the same bytes give the same word wherever they lie."""
+        """What of the rows enters a run's key; the same bytes say the same wherever they lie."""
         ...
 
 
@@ -124,8 +124,8 @@ def require_rows(corpus: Corpus, source: str) -> None:
             if not getattr(split, kind):
                 dropped = sum(map(len, corpus.drops.values()))
                 raise UserError(
-                    f"{source}: the {name} split of {corpus.title} has no {kind} ({dropped} rows were "
-                    "unusable); give files with usable rows or choose another data.source."
+                    f"{source}: the {name} split of {corpus.title} has no {kind} ({dropped} rows "
+                    "were unusable); give files with usable rows or choose another data.source."
                 )
 
 

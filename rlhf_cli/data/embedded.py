@@ -1,7 +1,7 @@
-"""Corpora the project makes for itself: anything that can pose prompts, answer and judge becomes a Corpus.
+"""Corpora the project makes for itself out of anything that can pose, answer and judge prompts.
 
-Everything is drawn from `random.Random` seeded by a string per part, so the rows are the same bytes on
-every machine, the held-out split does not depend on the size of the training split, and more
+Everything is drawn from `random.Random` seeded by a string per part, so the rows are the same bytes
+on every machine, the held-out split does not depend on the size of the training split, and more
 demonstrations do not change the pairs.
 """
 
@@ -74,7 +74,7 @@ def fingerprint(revision: int, knobs: Embedded) -> str:
 def sentences(text: str) -> list[str]:
     """The text cut after full stops, question and exclamation marks, and at colons.
 
-    Whatever follows the last mark comes last, so a broken-off answer ends in a sentence nobody knows.
+    Whatever follows the last mark comes last: a broken-off answer ends in a sentence nobody knows.
     """
     return [" ".join(cut.split()) for cut in re.findall(r"[^.?!:]+[.?!]?", text) if cut.strip()]
 
@@ -93,7 +93,7 @@ def _take(prompts: list[str], count: int) -> list[str]:
 
 
 def _preference(prompt: str, write: Writer, gold: Gold, temperature: float, rng: Random) -> Pair:
-    """Two different answers, the first preferred with probability sigmoid(gold gap / temperature)."""
+    """Two different answers; the first wins with probability sigmoid(gold gap / temperature)."""
     first = second = write(prompt, rng)
     while second == first:
         second = write(prompt, rng)

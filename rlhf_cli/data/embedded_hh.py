@@ -1,13 +1,14 @@
-"""A small world in the format of HH: people ask for tips on everyday topics, answers are good and bad.
+"""A small world in the format of HH: people ask for tips on everyday topics.
 
-Prompts are single- and multi-turn transcripts in plain templated English. About one in eight asks for
-something mildly improper, where the right answer declines politely and names a proper way. Answers are
-of mixed quality on purpose: tips may be too few, off the topic or repeated, manners may be missing,
-padding may creep in. A policy fitted to them lands in the middle of the gold range and can move both
-ways.
+Prompts are single- and multi-turn transcripts in plain templated English. About one in eight asks
+for something mildly improper, where the right answer declines politely and names a proper way.
+Answers are of mixed quality on purpose: tips may be too few, off the topic or repeated, manners may
+be missing, padding may creep in. A policy fitted to them lands in the middle of the gold range and
+can move both ways.
 
-Answers that are long or polite twice over are rare here, so a reward model fitted to the pairs knows
-little about them: pushing hard against it is paid for in gold (`gold_hh`), as with real preferences.
+Answers that are long or polite twice over are rare here, so a reward model fitted to the pairs
+knows little about them: pushing hard against it is paid for in gold (`gold_hh`), as with real
+preferences.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def read_prompt(prompt: str) -> Ask:
 
 
 def pose(rng: Random) -> str:
-    """A prompt: one turn, or a follow-up, or a new question after an earlier exchange or small talk."""
+    """A prompt: one turn, a follow-up, or a new question after an exchange or small talk."""
     topic = rng.choice(list(TOPICS))
     kind = rng.choices(("single", "other", "more", "small talk"), (45, 30, 15, 10))[0]
     if kind == "more":

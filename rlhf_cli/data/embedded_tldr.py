@@ -1,9 +1,10 @@
 """A small world in the format of TL;DR: posts made of facts, some of which matter.
 
-A post tells what somebody did, what came of it and mostly ends in a question: those are its key facts.
-How long people have known each other and how the writer feels are not. Every key fact has a long form
-for posts and a short one for summaries; a good summary gives the short forms in the order of the post.
-Written summaries are of mixed quality on purpose: they leave out, make up, copy, mix up or pad.
+A post tells what somebody did, what came of it and mostly ends in a question: those are its key
+facts. How long people have known each other and how the writer feels are not. Every key fact has a
+long form for posts and a short one for summaries; a good summary gives the short forms in the order
+of the post. Written summaries are of mixed quality on purpose: they leave out, make up, copy, mix
+up or pad.
 
 Summaries much longer than the key facts are rare here, so a reward model fitted to the pairs knows
 little about them: pushing hard against it is paid for in gold (`gold_tldr`).
@@ -60,14 +61,14 @@ PERFECT = 0.05
 KEPT = 0.55
 """Probability that a key fact is in the summary."""
 COPIED, MADE_UP, MIXED_UP = 0.12, 0.25, 0.15
-"""Probabilities that a fact is in its long form or not from the post, and that the order is lost."""
+"""Probabilities that a fact is in its long form, is not from the post, and that order is lost."""
 EXTRAS = (0.5, 0.2, 0.1, 0.2)
-"""Probabilities of nothing more, of a fact that does not matter, of a repetition, of an empty phrase."""
+"""Probabilities of nothing more, a fact that does not matter, a repetition, an empty phrase."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Something that happens to people, as (long form, short form) pairs; `{who}` stands for a person."""
+    """Something that happens, in (long form, short form) pairs; `{who}` stands for a person."""
 
     subreddit: str
     subject: str
@@ -91,8 +92,8 @@ def _read_scenes() -> tuple[Scene, ...]:
     scenes = []
     for head, *lines in (block.splitlines() for block in text.strip().split("\n\n")):
         subreddit, subject = head.split(" / ")
-        problem, e1, e2, e3, q1, q2 = ((*line.split(" | "),) for line in lines)
-        scenes.append(Scene(subreddit, subject, problem, (e1, e2, e3), (q1, q2)))  # type: ignore[arg-type]
+        problem, *rest = ((long, short) for long, _, short in (x.partition(" | ") for x in lines))
+        scenes.append(Scene(subreddit, subject, problem, tuple(rest[:3]), tuple(rest[3:])))
     return tuple(scenes)
 
 
@@ -151,7 +152,7 @@ def write(prompt: str, rng: Random) -> str:
     if rng.random() < MIXED_UP:
         rng.shuffle(told)
     told = [_retell(fact, rng) for fact in told]
-    # Only short summaries are drawn out, so that few outgrow the response length of the shipped values.
+    # Only short summaries are drawn out, so that few outgrow the shipped response length.
     extra = rng.choices(("none", "side fact", "repetition", "padding"), EXTRAS)[0]
     if not told or (extra == "padding" and len(told) < 3):
         told.insert(rng.randrange(len(told) + 1), rng.choice(PADDING))

@@ -2,10 +2,10 @@
 
     gold = 4 coverage + 2 faithfulness + 2 brevity + 1 coherence
 
-A summary is cut into sentences and each is looked up among the facts of the world (`embedded_tldr`); a
-sentence that is none of them is garbled, which costs a little and never raises an error. `HIGHEST` is
-reached by the key facts of the post, in short, in order and with nothing else. The range is
-[LOWEST, HIGHEST] = [-5, 4].
+A summary is cut into sentences and each is looked up among the facts of the world
+(`embedded_tldr`); a sentence that is none of them is garbled, which costs a little and never raises
+an error. `HIGHEST` is reached by the key facts of the post, in short, in order and with nothing
+else. The range is [LOWEST, HIGHEST] = [-5, 4].
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def brevity(summary: Summary) -> float:
 
 
 def coherence(summary: Summary) -> float:
-    """[-1, 0]: minus the share of sentences that are garbled, said before, or told before an earlier fact
-    of the post; -1 if nothing is said.
+    """[-1, 0]: minus the share of sentences that are garbled, said before or out of the order of
+    the post; -1 if nothing is said.
     """
     if not summary.said:
         return -1.0

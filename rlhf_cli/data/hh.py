@@ -1,11 +1,11 @@
 """Anthropic HH-RLHF (Bai et al. 2022, arXiv:2204.05862) and its embedded counterpart.
 
 A row holds two whole transcripts. The prompt is everything up to and including the last
-`"\\n\\nAssistant:"`, which both must share; the answers are what follows. Rows of which that is not true
-are left out and counted by cause. Preferred answers double as demonstrations.
+`"\\n\\nAssistant:"`, which both must share; the answers are what follows. Rows of which that is not
+true are left out and counted by cause. Preferred answers double as demonstrations.
 
-First human turns recur across rows, so the splits are made disjoint by them: a training row whose first
-human turn occurs in the held-out files is left out too.
+First human turns recur across rows, so the splits are made disjoint by them: a training row whose
+first human turn occurs in the held-out files is left out too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class HH:
     source: Literal["embedded", "path", "hub"]
     """embedded: generated; path: files under `path`; hub: downloaded."""
     path: str | None
-    """Folder with <subset>/train.jsonl.gz and <subset>/test.jsonl.gz; read only if source is path."""
+    """Folder with <subset>/{train,test}.jsonl.gz; read only if source is path."""
     hub: str
     """Repository on the hub; read only if source is hub."""
     revision: str

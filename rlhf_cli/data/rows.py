@@ -1,6 +1,6 @@
 """Rows of text columns from files in the hub's layout, or from the hub itself.
 
-Whatever is wrong with the input is a UserError that names the file and, where there is one, the line.
+Whatever is wrong with the input is a UserError that names the file and, if there is one, the line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Reddit TL;DR (Voelske et al. 2017; Stiennon et al. 2020, arXiv:2009.01325) and its embedded counterpart.
+"""Reddit TL;DR (Stiennon et al. 2020, arXiv:2009.01325) and its embedded counterpart.
 
-Demonstrations are posts with their authors' summaries, pairs are compared summaries; prompts for RL are
-the posts of the demonstrations. Every post is rendered the same way,
+Demonstrations are posts with their authors' summaries, pairs are compared summaries; prompts for RL
+are the posts of the demonstrations. Every post is rendered the same way,
 
     SUBREDDIT: r/<subreddit>\\n\\nTITLE: <title>\\n\\nPOST: <post>\\n\\nTL;DR:
 

@@ -1,7 +1,7 @@
 """The evaluations of many runs as one table, read from run directories alone.
 
 Runs that differ in their seed only make up one curve. Two curves of one algorithm are told apart by
-the settings in which they differ, so that no label hides a difference.
+whatever else their keys are hashes of, so that no label hides a difference.
 """
 
 from __future__ import annotations
@@ -12,15 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from rlhf_cli.errors import UserError
 from rlhf_cli.evals.statistics import mean_and_se
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
-
-NOT_SCIENCE = ("seed", "launch", "track", "paths")
-"""Configuration that does not tell curves apart: the seed, and how (not what) was run."""
 
 
 @dataclass(frozen=True)
@@ -163,24 +158,19 @@ def _point(curve: str, manifest: Mapping[str, Any], row: Mapping[str, float]) ->
 
 
 def _curves(manifests: Mapping[Run, Mapping[str, Any]]) -> dict[Run, str]:
-    """Name each run's curve: its algorithm and, if several are there, the settings that differ."""
-    settings = {run: dict(_leaves(_science(run))) for run in manifests}
+    """Name each run's curve: its algorithm and, if several are there, what differs."""
+    settings = {run: dict(_leaves(manifest["science"])) for run, manifest in manifests.items()}
     rivals: dict[str, list[Run]] = defaultdict(list)
     for run, manifest in manifests.items():
         rivals[manifest["algo"]].append(run)
     names = {}
     for algo, group in rivals.items():
-        keys = sorted(set().union(*(settings[run] for run in group)))
+        keys = sorted(set().union(*(settings[run] for run in group)) - {"seed"})
         differ = [k for k in keys if len({repr(settings[run].get(k)) for run in group}) > 1]
         for run in group:
             said = (f"{k.removeprefix('algo.')}={settings[run].get(k)}" for k in differ)
             names[run] = " ".join([algo, *said])
     return names
-
-
-def _science(run: Run) -> dict[str, Any]:
-    config: Any = OmegaConf.to_container(OmegaConf.load(run.config_path), resolve=False)
-    return {name: value for name, value in config.items() if name not in NOT_SCIENCE}
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

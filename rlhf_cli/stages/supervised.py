@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -58,6 +59,7 @@ def fit(
     ctx.progress.start(learner.steps, learner.step_index)
     every = max(1, learner.steps // ctx.recipe.eval.points)
     while (step := learner.step_index) < learner.steps:
+        began = time.perf_counter()
         batch_rows = collate(batch_at(rows, batch, step, seed).tolist())
         tokens, attention, mask = (t.to(ctx.world.device) for t in batch_rows)
         counts = count(mask)
@@ -67,7 +69,10 @@ def fit(
         metrics = learner.step(parts, judge, counts)
         check_finite(metrics, step + 1)
         row = {f"train/{name}": value for name, value in metrics.items()}
+        seconds = time.perf_counter() - began
         row["episodes"] = (step + 1) * batch
+        row["perf/step_seconds"] = seconds
+        row["perf/tokens_per_second"] = float(attention.sum()) / seconds
         if (step + 1) % every == 0 or step + 1 == learner.steps:
             row |= evaluate(step + 1 == learner.steps)
             ctx.save(learner, {})

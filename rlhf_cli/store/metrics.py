@@ -25,7 +25,7 @@ class Metric:
 
 
 VOCABULARY: dict[str, Metric] = {
-    "step": Metric("count", "rollouts learned from (rl) or optimiser steps taken (sft, reward)"),
+    "step": Metric("count", "optimiser steps taken"),
     "episodes": Metric("count", "responses drawn for learning (rl) or rows learned from"),
     "wall": Metric("seconds", "time spent in the run so far, over all segments"),
     "segment": Metric("count", "which start of the run wrote the row; 2 is after the first resume"),
@@ -53,7 +53,6 @@ VOCABULARY: dict[str, Metric] = {
         "nats", "sequence KL of the sampling policy to the SFT policy on the rollout"
     ),
     "train/reward": Metric("reward", "score of the rollout's responses"),
-    "train/gold": Metric("gold", "gold reward of the rollout's responses"),
     "train/length": Metric("tokens", "length of the rollout's responses"),
     "train/eos_rate": Metric("share", "responses of the rollout that ended by themselves"),
     "train/clip_fraction": Metric("share", "policy terms whose gradient the clipping cut"),
@@ -61,15 +60,13 @@ VOCABULARY: dict[str, Metric] = {
     "train/value_error": Metric("reward^2", "squared error of the critic"),
     "train/accuracy": Metric("share", "pairs ranked as labelled"),
     "train/margin": Metric("nats", "gap between the log-ratios of the responses of a pair"),
-    "train/log_ratio_max": Metric("nats", "largest |log pi - log pi_old| of a token"),
-    "train/grad_norm": Metric("norm", "L2 norm of the policy's gradient before clipping"),
-    "train/value_grad_norm": Metric("norm", "L2 norm of the critic's gradient before clipping"),
+    "train/log_ratio": Metric("nats", "|log pi - log pi_old| of a response: how stale it is"),
+    "train/grad_norm": Metric("norm", "L2 norm of the whole gradient before clipping"),
     "train/lr": Metric("rate", "learning rate of the step's last update"),
     "perf/step_seconds": Metric("seconds", "one step, evaluation not counted"),
     "perf/generate_seconds": Metric("seconds", "drawing the responses"),
     "perf/score_seconds": Metric("seconds", "forward passes of the frozen models"),
     "perf/learn_seconds": Metric("seconds", "the updates"),
-    "perf/eval_seconds": Metric("seconds", "one evaluation"),
     "perf/generated_tokens_per_second": Metric("tokens/s", "drawn over all processes"),
     "perf/tokens_per_second": Metric("tokens/s", "learned from over all processes"),
 }

@@ -9,18 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-try:
-    from rlhf_cli.config import compose, recipe
-    recipe(compose(["algo=ppo"]))
-except Exception:
-    import types
-    from rlhf_cli.recipes import Optim, Update
-    from rlhf_cli.algos import p3o, ppo, dpo_online
-    U=dict(update=Update(episodes=10,batch=8,epochs=1,minibatches=1),optim=Optim(lr=1e-3,schedule="constant",warmup=0.,betas=(.9,.95),eps=1e-8,weight_decay=0.,grad_clip=1.))
-    D=dict(p3o_v1=p3o.P3O(clipping="separate",beta=.05,clip=.2,clamp=10.,responses=2,kl_at="update",**U),p3o_v2=p3o.P3O(clipping="joint",beta=.05,clip=.2,clamp=10.,responses=2,kl_at="update",**U),
-    ppo=ppo.PPO(beta=.05,gamma=1.,lam=.95,clip=.2,clip_value=.2,value_coef=.1,whiten_advantage=True,critic_lr=1e-3,**U),dpo_online=dpo_online.OnlineDPO(beta=.1,label="soft",responses=2,**U))
-    compose=lambda o:o[0][5:]
-    recipe=lambda n:types.SimpleNamespace(algo=D[n])
+from rlhf_cli.config import compose, recipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "algo"
 

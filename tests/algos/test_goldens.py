@@ -1,8 +1,7 @@
-"""The size of every number: literals worked out by hand, and oracles that share no code with it."""
+"""The size of every number: literals of the papers' toys, worked out apart from the code."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,28 +9,22 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.core.algorithm import Targets
-from rlhf_cli.core.masked import averages, denominators
 from rlhf_cli.core.rollout import Forward
-from tests.algos.discovery import NAMES, oracle, tuned
-from tests.algos.oracles import Numbers
+from tests.algos.cases import case, judge
+from tests.algos.discovery import tuned
 from tests.algos.toys import (
     ARMS,
     BANDIT,
     THETA,
     THETA_OLD,
     TREE,
-    Case,
     ascent,
     bandit,
-    case,
-    judge,
+    close,
     leaf,
     tensor,
-    twins,
 )
 
-DIGITS = 6e-7
-"""The literals are rounded to six decimals."""
 EXACT = 1e-11
 """Two float64 routes to one number; sums of a few dozen terms of size 1 to 100."""
 
@@ -48,13 +41,6 @@ PPO = {
     "whiten_advantage": False,
 }
 TREE_THETA = tensor([[0.2, -0.1], [0.3, 0], [-0.5, 0.4]])
-
-
-def close(got: Tensor | float, expected: object, tolerance: float = DIGITS) -> None:
-    """Equal shapes and equal numbers."""
-    torch.testing.assert_close(
-        torch.as_tensor(got, dtype=torch.float64), tensor(expected), atol=tolerance, rtol=0
-    )
 
 
 # --- the toys are the toys the literals were computed on
@@ -242,7 +228,9 @@ def test_dpo_at_the_reference_costs_log_two_with_slope_half_beta() -> None:
     close(torch.autograd.grad(loss.sum(), logp)[0], [[[-0.05], [0.05]]])
 
 
-@pytest.mark.parametrize(("label", "loss", "slope"), [(1.0, 0.668460, -0.048750), (0.9, 0.673460, -0.038750)])
+@pytest.mark.parametrize(
+    ("label", "loss", "slope"), [(1.0, 0.668460, -0.048750), (0.9, 0.673460, -0.038750)]
+)
 def test_dpo_on_given_log_probabilities(label: float, loss: float, slope: float) -> None:
     rollout = replace(
         ARMS.rollout(ARMS.ref, torch.tensor([[0, 1]])), logp_ref=tensor([[[-11.5], [-14.0]]])
@@ -272,65 +260,3 @@ def test_dpo_labels_a_pair_by_rule(rule: str, labels: list[float]) -> None:
     targets, _ = tuned("dpo_online", label=rule).prepare(rollout, {})
     assert targets.label is not None
     close(targets.label, [[p] for p in labels])
-
-
-# --- oracles
-
-CASES: dict[str, Callable[[int], Case]] = {
-    "near the sampler": lambda seed: case(seed),
-    "far outside the clip": lambda seed: case(seed, spread=1.5),
-    "beyond 20 nats": lambda seed: case(seed, spread=15.0),
-    "single tokens": lambda seed: case(seed, tokens=1),
-    "one prompt": lambda seed: case(seed, prompts=1),
-    "the same response twice": twins,
-    "long and ragged": lambda seed: case(seed, tokens=13),
-    "three responses": lambda seed: case(seed, responses=3),
-}
-
-VARIANTS: dict[str, list[dict[str, object]]] = {
-    "p3o_v1": [{}, {"kl_at": "rollout", "beta": 0.3, "clip": 0.5, "clamp": 1.5}],
-    "p3o_v2": [{}, {"kl_at": "rollout", "beta": 0.3, "clip": 0.5, "clamp": 1.5}],
-    "ppo": [{}, {"whiten_advantage": False, "gamma": 0.9, "lam": 0.7, "beta": 0.4, "clip": 0.1}],
-    "dpo_online": [{"label": "soft"}, {"label": "argmax"}, {"label": "bernoulli", "beta": 0.7}],
-}
-"""Settings beside the shipped ones; an algorithm without an entry is tested as shipped."""
-
-
-def numbers(one: Case) -> Numbers:
-    """The case as nested lists."""
-    rollout, now = one.rollout, one.now
-    assert rollout.logp_ref is not None and rollout.score is not None
-    assert rollout.value_old is not None and now.value is not None
-    return Numbers(
-        mask=rollout.mask.tolist(),
-        logp_old=rollout.logp_old.tolist(),
-        logp_ref=rollout.logp_ref.tolist(),
-        score=rollout.score.tolist(),
-        value_old=rollout.value_old.tolist(),
-        coin=rollout.coin.tolist(),
-        logp=now.logp.tolist(),
-        value=now.value.tolist(),
-    )
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("name", NAMES)
-def test_the_oracle_says_the_same_loss_gradient_and_watched_numbers(
-    name: str, kind: str, seed: int
-) -> None:
-    one = CASES[kind](seed)
-    for variant in VARIANTS.get(name, [{}]):
-        algorithm = tuned(name, **variant)
-        got, expected = judge(algorithm, one), oracle(name).judge(algorithm, numbers(one))
-        scale = max(1.0, abs(expected.loss))
-        close(got.loss / scale, expected.loss / scale, EXACT)
-        size = max(1.0, float(got.d_logp.abs().max()))
-        close(got.d_logp / size, (tensor(expected.d_logp) / size).tolist(), EXACT)
-        close(got.d_value, expected.d_value, EXACT)
-        watched = averages(got.watch, one.rollout.mask, denominators(one.rollout.mask))
-        assert watched.keys() == expected.watch.keys()
-        for word, value in expected.watch.items():
-            # Counts are float32 in the code.
-            close(watched[word].double() / max(1.0, abs(value)), value / max(1.0, abs(value)), 1e-6)
-

@@ -15,22 +15,9 @@ from torch import Tensor
 from rlhf_cli.core.algorithm import Model
 from rlhf_cli.core.masked import averages, denominators
 from rlhf_cli.core.rollout import Forward
-from tests.algos.discovery import FOLDER, NAMES, oracle, shipped, tuned
-from tests.algos.toys import (
-    ARMS,
-    BANDIT,
-    THETA,
-    TREE,
-    Case,
-    Verdict,
-    World,
-    ascent,
-    case,
-    judge,
-    leaf,
-    tensor,
-    twins,
-)
+from tests.algos.cases import Case, Verdict, case, judge, twins
+from tests.algos.discovery import FOLDER, NAMES, oracle, shipped
+from tests.algos.toys import tensor
 
 EXACT = 1e-12
 """The same float64 numbers, added in another order."""
@@ -43,6 +30,11 @@ def cases(name: str) -> list[Case]:
     responses = shipped(name).sampling().responses
     drawn = [case(s, responses=responses, spread=x) for s, x in ((1, 0.05), (2, 0.3), (3, 1.5))]
     return [*drawn, twins(4)] if responses == 2 else drawn
+
+
+def scope(one: Case) -> tuple[Tensor, dict[int, float]]:
+    """The mask and its denominators."""
+    return one.rollout.mask, denominators(one.rollout.mask)
 
 
 def gap(one: Verdict, other: Verdict) -> float:
@@ -108,6 +100,23 @@ def test_padding_is_silent_whatever_finite_numbers_it_holds(name: str) -> None:
             )
             assert wide.d_logp[..., tokens:].abs().max() == 0
             assert wide.d_value[..., tokens:].abs().max() == 0
+            watched = averages(wide.watch, *scope(one.with_columns(fill)))
+            for word, value in averages(bare.watch, *scope(one)).items():
+                torch.testing.assert_close(watched[word], value, atol=1e-6, rtol=0)
+
+
+@every
+def test_targets_of_a_padded_rollout_fit_its_trimmed_copy(name: str) -> None:
+    algorithm = shipped(name)
+    for one in cases(name):
+        wide = one.with_columns(lambda x: x + 3.7)
+        tokens = one.rollout.mask.shape[-1]
+        targets, _ = algorithm.prepare(wide.rollout, {})
+        before = algorithm.loss(wide.now, wide.rollout, targets)
+        after = algorithm.loss(one.now, wide.rollout.trim(tokens), targets.trim(tokens))
+        for word, term in after.items():
+            kept = before[word][..., :tokens] if term.dim() == 3 else before[word]
+            torch.testing.assert_close(term, kept, atol=EXACT, rtol=EXACT)
 
 
 @every
@@ -134,10 +143,8 @@ def test_averages_of_any_micro_batches_add_up_to_the_whole(
     algorithm = shipped(name)
     for one in cases(name):
         targets, _ = algorithm.prepare(one.rollout, {})
-        counts = denominators(one.rollout.mask)
-        whole = averages(
-            algorithm.loss(one.now, one.rollout, targets), one.rollout.mask, counts
-        )
+        mask, counts = scope(one)
+        whole = averages(algorithm.loss(one.now, one.rollout, targets), mask, counts)
         total = dict.fromkeys(whole, torch.zeros((), dtype=torch.float64))
         for prompts in map(torch.tensor, split):
             part = one.take(prompts)
@@ -210,14 +217,11 @@ def test_tensors_of_models_it_did_not_ask_for_are_not_read(name: str) -> None:
 def test_models_it_asked_for_matter(name: str) -> None:
     algorithm = shipped(name)
     one = case(1, responses=algorithm.sampling().responses)
-    filled = {"logp_ref": one.rollout.logp_ref, "score": one.rollout.score}
-    filled["value_old"] = one.rollout.value_old
     for model in algorithm.needs:
         words = [word for word, in_rollout in SOURCES[model].items() if in_rollout]
         before = judge(algorithm, one)
         for word in words:
-            value = filled[word]
-            assert value is not None
+            value = getattr(one.rollout, word)
             wave = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).view(value.shape).sin()
             moved = one.with_rollout(**{word: value + wave})
             assert gap(before, judge(algorithm, moved)) > 1e-6, f"{model} is asked for in vain"
@@ -255,7 +259,9 @@ def differs(algorithm: Any, other: Any, one: Case) -> bool:
     if algorithm.sampling() != other.sampling():
         return True
     before, after = everything_said(algorithm, one), everything_said(other, one)
-    return any(not torch.allclose(a, b, atol=1e-9, rtol=1e-9) for a, b in zip(before, after, strict=True))
+    return any(
+        not torch.allclose(a, b, atol=1e-9, rtol=1e-9) for a, b in zip(before, after, strict=True)
+    )
 
 
 @every
@@ -271,113 +277,3 @@ def test_no_hyperparameter_is_dead(name: str) -> None:
                 continue
             alive = alive or any(differs(algorithm, changed, one) for one in cases(name))
         assert alive, f"{name}.{word} changes nothing"
-
-
-# --- learning
-
-AS_DERIVED: dict[str, dict[str, Any]] = {
-    # Moments over the rows of an enumeration would count likely and unlikely responses alike.
-    "ppo": {"whiten_advantage": False},
-    "dpo_online": {"label": "soft"},  # argmax labels have no optimum
-}
-"""Settings under which the closed form is the algorithm's own optimum."""
-
-
-def learn(algorithm: Any, world: World, steps: int, rate: float = 2.0) -> Tensor:
-    """[S,V] logits after gradient ascent from the reference, sampling afresh before each step."""
-    theta = world.ref.clone()
-    for _ in range(steps):
-        theta = theta + rate * ascent(algorithm, world, theta, theta)
-    return theta
-
-
-def distance(world: World, theta: Tensor) -> float:
-    """KL(pi || pi*) in nats."""
-    logp = world.logp(theta).sum(-1)
-    return float((logp.exp() * (logp - world.optimum().log())).sum())
-
-
-@every
-@pytest.mark.parametrize("world", [ARMS, TREE], ids=["arms", "tree"])
-def test_learns_pi_ref_exp_r_over_beta(name: str, world: World) -> None:
-    algorithm = tuned(name, beta=world.beta, **AS_DERIVED.get(name, {}))
-    assert distance(world, world.ref) > 0.1
-    assert distance(world, learn(algorithm, world, steps=500)) < 1e-3
-
-
-def test_dpo_with_argmax_labels_runs_away_from_the_optimum() -> None:
-    algorithm = tuned("dpo_online", beta=ARMS.beta, label="argmax")
-    early, late = (learn(algorithm, ARMS, steps) for steps in (300, 900))
-    assert distance(ARMS, late) > distance(ARMS, early) > 0.1
-    best = ARMS.probability(late)[0]
-    assert best > ARMS.probability(early)[0] > ARMS.optimum()[0] + 0.1
-    assert best > 0.98
-
-
-# --- identities
-
-P3O = ["p3o_v1", "p3o_v2"]
-
-
-@pytest.mark.parametrize("name", P3O)
-@pytest.mark.parametrize("clip", [1e-6, 0.2, 5.0])
-def test_p3o_on_its_own_samples_is_the_pairwise_policy_gradient(name: str, clip: float) -> None:
-    algorithm = tuned(name, beta=0.1, clip=clip)
-    draws = BANDIT.draws(2)
-    rollout, reward = BANDIT.rollout(THETA, draws), BANDIT.regularised(THETA)
-    for row in range(len(draws)):
-        theta = leaf(THETA)
-        picked = torch.tensor([row])
-        now = Forward(BANDIT.logp(theta)[draws][picked], None)
-        targets, _ = algorithm.prepare(rollout, {})
-        loss = algorithm.loss(now, rollout.take(picked), targets)["policy"].sum()
-        a, b = draws[row]
-        apart = BANDIT.logp(theta)[a, 0] - BANDIT.logp(theta)[b, 0]
-        pairwise = 0.5 * (reward[a] - reward[b]) * apart
-        torch.testing.assert_close(
-            -torch.autograd.grad(loss, theta)[0],
-            torch.autograd.grad(pairwise, theta)[0],
-            atol=EXACT,
-            rtol=EXACT,
-        )
-
-
-@pytest.mark.parametrize("spread", [0.05, 0.3])
-def test_p3o_v1_and_v2_have_one_gradient_when_nothing_is_clipped(spread: float) -> None:
-    one = case(2, spread=spread)
-    v1, v2 = (judge(tuned(name, clip=1e6, clamp=1e6), one) for name in P3O)
-    assert gap(v1, v2) <= EXACT
-    shipped_v1, shipped_v2 = (judge(tuned(name, clip=0.1), one) for name in P3O)
-    assert gap(shipped_v1, shipped_v2) > 1e-3
-
-
-@pytest.mark.parametrize("name", ["p3o_v1", "p3o_v2", "dpo_online"])
-def test_swapping_the_two_responses_swaps_the_gradient_and_nothing_else(name: str) -> None:
-    algorithm = tuned(name, **AS_DERIVED.get(name, {}))
-    for one in cases(name):
-        assert one.now.value is not None
-        swapped = {
-            f.name: x.flip(1)
-            for f in fields(one.rollout)
-            if isinstance(x := getattr(one.rollout, f.name), Tensor)
-        }
-        now = Forward(leaf(one.now.logp.flip(1)), leaf(one.now.value.flip(1)))
-        before = judge(algorithm, one)
-        after = judge(algorithm, Case(replace(one.rollout, **swapped), now))
-        torch.testing.assert_close(after.loss, before.loss, atol=EXACT, rtol=EXACT)
-        torch.testing.assert_close(after.d_logp.flip(1), before.d_logp, atol=EXACT, rtol=EXACT)
-
-
-@every
-def test_one_response_drawn_twice_teaches_nothing_to_an_algorithm_that_couples_the_group(
-    name: str,
-) -> None:
-    algorithm = tuned(name, **AS_DERIVED.get(name, {}))
-    draws = torch.tensor([[1, 1]])
-    rollout = BANDIT.rollout(THETA, draws)
-    theta = leaf(THETA + tensor([[0.05, 0.1, 0.0]]))
-    now = Forward(BANDIT.logp(theta)[draws], rollout.value_old)
-    targets, _ = algorithm.prepare(rollout, {})
-    loss = sum(term.sum() for term in algorithm.loss(now, rollout, targets).values())
-    size = float(torch.autograd.grad(loss, theta)[0].abs().max())
-    assert size <= EXACT if algorithm.couples_group else size > 1e-3

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from rlhf_cli.core.algorithm import Algorithm, Terms
-from rlhf_cli.core.masked import averages, denominators
+from rlhf_cli.core.algorithm import Algorithm, Sampling
 from rlhf_cli.core.rollout import Forward, Rollout
 
 
 def tensor(values: object) -> Tensor:
     """Float64, the precision of every number in these tests."""
     return torch.as_tensor(values, dtype=torch.float64)
+
+
+def leaf(x: Tensor) -> Tensor:
+    """A copy that collects its own gradient."""
+    return x.detach().clone().requires_grad_()
+
+
+def close(got: Tensor | float, expected: object, tolerance: float = 6e-7) -> None:
+    """Equal shapes and numbers; the default tolerance is that of literals with six decimals."""
+    torch.testing.assert_close(
+        torch.as_tensor(got, dtype=torch.float64), tensor(expected), atol=tolerance, rtol=0
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class World:
             score=self.score[draws],
             value_old=self.values(old)[draws],
             coin=torch.zeros(draws.shape, dtype=torch.float64),
-            source=("policy",) * draws.shape[1],
+            source=Sampling(policy=draws.shape[1]).sources,
         )
 
     def chances(self, old: Tensor, draws: Tensor) -> Tensor:
@@ -150,131 +160,3 @@ def ascent(
     """[S,V] minus the gradient of the expected loss."""
     theta = leaf(theta)
     return -torch.autograd.grad(enumerated(algorithm, world, theta, old, critic), theta)[0]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A rollout and what the current weights say; `now` holds the leaves of the gradient."""
-
-    rollout: Rollout
-    now: Forward
-
-    def take(self, prompts: Tensor) -> Case:
-        """Some prompts only, with leaves of their own."""
-        assert self.now.value is not None
-        return Case(
-            self.rollout.take(prompts),
-            Forward(leaf(self.now.logp[prompts]), leaf(self.now.value[prompts])),
-        )
-
-    def with_rollout(self, **changes: object) -> Case:
-        """The same forward, another rollout."""
-        return replace(self, rollout=replace(self.rollout, **changes))  # type: ignore[arg-type]
-
-    def with_columns(self, fill: Callable[[Tensor], Tensor]) -> Case:
-        """Three more token columns with mask 0, everything else in them filled by `fill`."""
-
-        def wider(x: Tensor) -> Tensor:
-            return torch.cat([x.detach(), fill(pad(x.detach(), (0, 3))[..., -3:])], -1)
-
-        old = self.rollout
-        assert old.logp_ref is not None and old.value_old is not None
-        assert self.now.value is not None
-        rollout = replace(
-            old,
-            mask=pad(old.mask, (0, 3)),
-            logp_old=wider(old.logp_old),
-            logp_ref=wider(old.logp_ref),
-            value_old=wider(old.value_old),
-        )
-        return Case(rollout, Forward(leaf(wider(self.now.logp)), leaf(wider(self.now.value))))
-
-
-def leaf(x: Tensor) -> Tensor:
-    """A copy that collects its own gradient."""
-    return x.detach().clone().requires_grad_()
-
-
-def case(
-    seed: int, prompts: int = 4, responses: int = 2, tokens: int = 5, spread: float = 0.15
-) -> Case:
-    """Random numbers in the shape of a rollout; responses of 1 to `tokens` tokens.
-
-    `spread` is the standard deviation, in nats per token, of log pi - log pi_old. Values are not 0 on
-    padding, as a critic's are not.
-    """
-    random = torch.Generator().manual_seed(seed)
-    shape = (prompts, responses, tokens)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=random, dtype=torch.float64)
-
-    length = torch.randint(1, tokens + 1, (prompts, responses, 1), generator=random)
-    length[0, 0] = tokens
-    mask = (torch.arange(tokens) < length).to(torch.float64)
-    old = -normal(*shape).exp() * mask
-    value = normal(*shape)
-    rollout = Rollout(
-        tokens=torch.zeros(prompts, responses, 0),
-        attention=torch.zeros(prompts, responses, 0),
-        mask=mask,
-        logp_old=old,
-        logp_ref=old + 0.2 * normal(*shape) * mask,
-        score=normal(prompts, responses),
-        value_old=value,
-        coin=torch.rand(prompts, responses, generator=random, dtype=torch.float64),
-        source=("policy",) * responses,
-    )
-    logp = old + spread * normal(*shape) * mask
-    return Case(rollout, Forward(leaf(logp), leaf(value + 2 * spread * normal(*shape))))
-
-
-def twins(seed: int) -> Case:
-    """A case whose first prompt got the same response twice."""
-    one = case(seed)
-    assert one.now.value is not None
-
-    def same(x: Tensor) -> Tensor:
-        x = x.detach().clone()
-        x[0, 1] = x[0, 0]
-        return x
-
-    changed = {
-        f.name: same(x)
-        for f in fields(one.rollout)
-        if isinstance(x := getattr(one.rollout, f.name), Tensor)
-    }
-    return Case(
-        replace(one.rollout, **changed),
-        Forward(leaf(same(one.now.logp)), leaf(same(one.now.value))),
-    )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """All an algorithm says about a case."""
-
-    terms: Terms
-    watch: Terms
-    loss: Tensor
-    d_logp: Tensor
-    d_value: Tensor
-
-
-def judge(algorithm: Algorithm, one: Case, prepared_on: Case | None = None) -> Verdict:
-    """Terms, averaged loss and its gradients; targets come from `prepared_on` if it is another rollout."""
-    targets, _ = algorithm.prepare((prepared_on or one).rollout, {})
-    terms = algorithm.loss(one.now, one.rollout, targets)
-    watch = algorithm.watch(one.now, one.rollout, targets)
-    mask = one.rollout.mask
-    loss = torch.stack(list(averages(terms, mask, denominators(mask)).values())).sum()
-    leaves = [one.now.logp] if one.now.value is None else [one.now.logp, one.now.value]
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-    d_logp, d_value = (*grads, None)[:2]
-    return Verdict(
-        terms,
-        watch,
-        loss.detach(),
-        d_logp if d_logp is not None else torch.zeros_like(one.now.logp),
-        d_value if d_value is not None else torch.zeros_like(one.now.logp),
-    )

@@ -26,7 +26,7 @@ def label(algorithm: OnlineDPO, one: Numbers, p: int, i: int, j: int) -> float:
 
 
 def judge(algorithm: OnlineDPO, one: Numbers) -> Answer:
-    """Cross-entropy of the label against sigma(beta (h_i - h_j)); its slope is sigma minus label."""
+    """Cross-entropy of the label against sigma(beta (h_i - h_j)): slope sigma minus label."""
     answer = Answer(0.0, one.zeros(), one.zeros(), {"accuracy": 0.0, "margin": 0.0})
     share = 1 / (len(one.mask) * len(one.pairs()))
     for p in range(len(one.mask)):

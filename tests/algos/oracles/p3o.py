@@ -14,7 +14,7 @@ def between(x: float, low: float, high: float) -> float:
 
 
 def judge(algorithm: P3O, one: Numbers) -> Answer:
-    """Each side of each pair keeps its slope unless the clipped branch is strictly the worse loss."""
+    """Each side of each pair keeps its slope unless the clipped branch is the worse loss."""
     answer = Answer(0.0, one.zeros(), one.zeros())
     sides = cut_sides = 0
     share = 1 / (len(one.mask) * len(one.pairs()))

@@ -1,0 +1,27 @@
+# One line each; anything with a condition belongs in Python.
+.PHONY: help install demo test check mutants clean
+export OMP_NUM_THREADS ?= 2
+BIN := .venv/bin
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
+
+install: .venv/installed ## make .venv from the locked versions, once
+
+demo: install ## train the default chain on CPU and draw its frontier (about 5 minutes)
+	$(BIN)/rlhf train algo=p3o_v2 data=hh && $(BIN)/rlhf frontier
+
+test: install ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+check: install ## lint, format and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+mutants: install ## plant errors in the mathematics; every one must be caught
+	$(BIN)/python scripts/mutants.py
+
+clean: ## remove caches and builds; runs and figures stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/installed: requirements.lock pyproject.toml
+	python3 -m venv .venv && $(BIN)/pip install -q -r requirements.lock && $(BIN)/pip install -q --no-deps --no-build-isolation -e . && touch $@

@@ -1,0 +1,87 @@
+"""What the values of a recipe say about each other: contradictions no single bound can express.
+
+Found before anything is loaded, each as one sentence with its arithmetic and a value that works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_cli.config import Recipe
+
+
+def faults(recipe: Recipe) -> Iterator[str]:
+    """One sentence per contradiction."""
+    yield from _launch(recipe)
+    yield from _batches(recipe)
+    yield from _models(recipe)
+
+
+def _launch(recipe: Recipe) -> Iterator[str]:
+    launch, n = recipe.launch, recipe.launch.processes
+    if launch.kind == "inline" and n > 1:
+        yield f"launch.processes={n} needs a launcher; add launch=deepspeed."
+    if n > 1 and 0 < (devices := _cuda_devices()) < n:
+        yield (
+            f"launch.processes={n} is more than this machine's {devices} CUDA devices; set"
+            f" launch.processes={devices}."
+        )
+
+
+def _batches(recipe: Recipe) -> Iterator[str]:
+    """Totals must divide: rounded silently, equal budgets would not be equal."""
+    update, n = recipe.algo.update, recipe.launch.processes
+    responses = recipe.algo.sampling().responses
+    share = responses * update.minibatches * n
+    if update.batch % share:
+        yield (
+            f"algo.update.batch={update.batch} cannot be dealt out evenly: it must be a multiple"
+            f" of {responses} responses per prompt x {update.minibatches} minibatches x {n}"
+            f" processes = {share}; set algo.update.batch={_near(update.batch, share)}."
+        )
+    if update.episodes % update.batch:
+        yield (
+            f"algo.update.episodes={update.episodes} is no whole number of rollouts of"
+            f" algo.update.batch={update.batch} responses; set"
+            f" algo.update.episodes={_near(update.episodes, update.batch)}."
+        )
+    for stage, batch in ("sft", recipe.sft.batch), ("reward", recipe.reward.batch):
+        if batch % n:
+            yield (
+                f"{stage}.batch={batch} cannot be dealt out evenly to launch.processes={n}; set"
+                f" {stage}.batch={_near(batch, n)}."
+            )
+
+
+def _models(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    longest = data.max_prompt_tokens + data.max_response_tokens
+    for key, model in ("model", recipe.model), ("reward.model", recipe.reward.model):
+        shape = model.scratch
+        if shape is None and not model.name:
+            yield f"{key}.name is missing; name a Hugging Face repository or a local folder."
+        if shape and shape.width % shape.heads:
+            yield (
+                f"{key}.scratch.width={shape.width} must be a multiple of"
+                f" {key}.scratch.heads={shape.heads}; set"
+                f" {key}.scratch.width={_near(shape.width, shape.heads)}."
+            )
+        if shape and shape.context < longest:
+            yield (
+                f"{key}.scratch.context={shape.context} is shorter than data.max_prompt_tokens="
+                f"{data.max_prompt_tokens} + data.max_response_tokens={data.max_response_tokens};"
+                f" set {key}.scratch.context={longest}."
+            )
+
+
+def _near(number: int, unit: int) -> int:
+    """The largest multiple of unit that is at most number, and at least one unit."""
+    return max(unit, number // unit * unit)
+
+
+def _cuda_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count()

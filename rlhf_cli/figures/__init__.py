@@ -1,0 +1,1 @@
+"""From run directories to figures; needs neither torch nor a web service."""

@@ -1,0 +1,222 @@
+"""The KL-reward frontier: what a policy gained against how far it moved from the SFT policy.
+
+A small point is one evaluation of one run, with standard errors over prompts both ways; a large one
+is the mean over seeds at one step, with standard errors over seeds. Straight lines are least
+squares through all evaluations of a curve. Beside the picture lie its numbers and their origin.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rlhf_cli.errors import UserError
+from rlhf_cli.evals.statistics import Line, line_fit
+from rlhf_cli.evals.table import Point, SeedMean, check_comparable, points, seed_means
+from rlhf_cli.figures.style import LINES, PANEL, RC, look, shade
+from rlhf_cli.store.files import atomic_write, disk, sha256
+from rlhf_cli.store.provenance import provenance
+from rlhf_cli.store.run import Run
+
+PANELS = {"reward": "reward (learned reward model)", "gold": "gold reward"}
+"""What stands on the y axes, and how it is called."""
+
+
+def frontier(runs: Sequence[Run], out: Path, command: str) -> dict[str, Path]:
+    """Draw the RL runs among `runs` and write the figure with its numbers.
+
+    Returns {png, pdf, csv, fit, json}: `out` with each suffix (`_fit.csv` for the lines). The same
+    runs give the same png, pdf and csv, byte for byte. Raises UserError if nothing was evaluated
+    yet or the runs are not comparable.
+    """
+    # A run that was named twice must not pass for two seeds.
+    each = {run.path.resolve(): run for run in runs}.values()
+    drawn = [run for run in each if run.manifest().get("stage") == "rl"]
+    table = points(drawn)
+    if not table:
+        raise UserError(
+            f"there is no evaluation to draw in {len(runs)} run(s), {len(drawn)} of stage rl;"
+            " train one with `rlhf train algo=p3o_v2`."
+        )
+    check_comparable(drawn)
+    base = str(out.with_suffix("") if out.suffix in {".png", ".pdf", ".csv", ".json"} else out)
+    files = {kind: Path(f"{base}.{kind}") for kind in ("png", "pdf", "csv", "json")}
+    files["fit"] = Path(f"{base}_fit.csv")
+    with disk(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    for kind, data in _pictures(table).items():
+        atomic_write(files[kind], data)
+    atomic_write(files["csv"], _csv([*_rows("point", table), *_rows("mean", seed_means(table))]))
+    atomic_write(files["fit"], _csv(_fits(table)))
+    atomic_write(files["json"], json.dumps(_origin(drawn, command), indent=2) + "\n")
+    return files
+
+
+def draw(table: Sequence[Point]) -> Figure:
+    """The figure itself: one panel for the learned reward, one more where there is gold."""
+    panels = [y for y in PANELS if any(math.isfinite(getattr(p, y)) for p in table)]
+    with rc_context(RC):
+        figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1] + 0.6), layout="constrained")
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, y in zip(row, panels, strict=True):
+            _panel(axes, table, y)
+        figure.suptitle(_title(table))
+        figure.legend(
+            *row[0].get_legend_handles_labels(),
+            title=("\n" if len(panels) == 1 else " · ").join(_reading(table, panels)),
+            loc="outside lower center",
+            ncols=2 * len(panels),
+        )
+    return figure
+
+
+def _panel(axes: Axes, table: Sequence[Point], y: str) -> None:
+    means = seed_means(table)
+    for curve, style in _styles(table).items():
+        mine = [p for p in table if p.curve == curve]
+        averaged = [m for m in means if m.curve == curve]
+        _marks(axes, mine, y, style, faint=bool(averaged))
+        if averaged:
+            _marks(axes, averaged, y, style, faint=False)
+        xs, ys = _line(mine, averaged, y)
+        axes.plot(xs, ys, style["line"], color=style["color"], linewidth=1.1, zorder=2)
+        # Drawn nowhere: the legend's entry, which shows marker and line together.
+        axes.plot([], [], style["line"], color=style["color"], marker=style["marker"], label=curve)
+    axes.set_xlabel("KL to the SFT policy (nats per response)")
+    axes.set_ylabel(PANELS[y])
+
+
+def _line(
+    mine: Sequence[Point], averaged: Sequence[SeedMean], y: str
+) -> tuple[list[float], list[float]]:
+    """A straight fit of the reward; gold, which falls when the reward is gamed, is joined up."""
+    if y == "gold":
+        marks = averaged or mine
+        return [m.kl for m in marks], [m.gold for m in marks]
+    if (fit := _fit(mine)) is None:
+        return [], []
+    return [fit.low, fit.high], [fit.intercept + fit.slope * x for x in (fit.low, fit.high)]
+
+
+def _marks(
+    axes: Axes,
+    marks: Sequence[Point] | Sequence[SeedMean],
+    y: str,
+    style: dict[str, str],
+    *,
+    faint: bool,
+) -> None:
+    def column(name: str) -> list[float]:
+        return [getattr(mark, name) for mark in marks]
+
+    axes.errorbar(
+        column("kl"),
+        column(y),
+        xerr=column("kl_se"),
+        yerr=column(f"{y}_se"),
+        fmt=style["marker"],
+        color=style["color"],
+        markersize=3 if faint else 5,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
+        elinewidth=0.8,
+        alpha=0.35 if faint else 1.0,
+        zorder=3 if faint else 4,
+    )
+
+
+def _styles(table: Sequence[Point]) -> dict[str, dict[str, str]]:
+    """Colour and marker by algorithm; shade and line by the curve's place among its algorithm's."""
+    styles: dict[str, dict[str, str]] = {}
+    places: dict[str, int] = {}
+    for curve, algo in dict.fromkeys((p.curve, p.algo) for p in table):
+        place = places[algo] = places.get(algo, -1) + 1
+        mark = look(algo)
+        styles[curve] = {
+            "color": shade(mark.colour, place),
+            "marker": mark.marker,
+            "line": LINES[place % len(LINES)],
+        }
+    return styles
+
+
+def _title(table: Sequence[Point]) -> str:
+    first, seeds = table[0], len({p.seed for p in table})
+    return (
+        f"{first.title} · {first.model} · {first.prompts} held-out prompts"
+        f" · {seeds} seed{'s' * (seeds > 1)}"
+    )
+
+
+def _reading(table: Sequence[Point], panels: Sequence[str]) -> tuple[str, str]:
+    """How to read bars and lines, for the foot of the figure."""
+    averaged = seed_means(table)
+    bars = "bars: standard error over prompts" + (" (small) or seeds (large)" if averaged else "")
+    lines = "least squares" + (" (reward), in order of steps (gold)" if len(panels) > 1 else "")
+    return bars, f"lines: {lines}"
+
+
+def _fit(table: Sequence[Point]) -> Line | None:
+    finite = [p for p in table if math.isfinite(p.kl) and math.isfinite(p.reward)]
+    return line_fit([p.kl for p in finite], [p.reward for p in finite])
+
+
+def _fits(table: Sequence[Point]) -> list[dict[str, Any]]:
+    """The straight line of each curve that has one."""
+    fits = ((curve, _fit([p for p in table if p.curve == curve])) for curve in _styles(table))
+    return [{"curve": curve, **line._asdict()} for curve, line in fits if line]
+
+
+def _pictures(table: Sequence[Point]) -> dict[str, bytes]:
+    pictures = {}
+    figure = draw(table)
+    for kind, undated in (("png", {}), ("pdf", {"CreationDate": None})):
+        buffer = io.BytesIO()
+        with rc_context(RC):
+            figure.savefig(buffer, format=kind, dpi=200, metadata=undated)
+        pictures[kind] = buffer.getvalue()
+    return pictures
+
+
+def _rows(mark: str, marks: Sequence[Point] | Sequence[SeedMean]) -> list[dict[str, Any]]:
+    return [{"mark": mark, **asdict(m)} for m in marks]
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as csv; what a row lacks, and nan, is left empty."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({n: "" if v is None or v != v else v for n, v in row.items()})
+    return text.getvalue()
+
+
+def _origin(runs: Sequence[Run], command: str) -> dict[str, Any]:
+    """Which runs at which state, drawn by which code."""
+    return {
+        "command": command,
+        **provenance(),
+        "runs": [
+            {
+                "key": run.key,
+                "path": str(run.path),
+                "status": run.status(),
+                "parents": run.manifest().get("parents"),
+                "commit": run.manifest().get("commit"),
+                "metrics_sha256": sha256(run.metrics_path),
+            }
+            for run in runs
+        ],
+    }

@@ -1,0 +1,74 @@
+"""How a run is split up does not change its numbers: processes, ZeRO stages, micro-batches.
+
+The launched side goes through DeepSpeed's real launcher with two gloo processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.engine.world import free_port
+
+SCRIPT = Path(__file__).with_name("world_script.py")
+RELATIVE = 1e-5
+"""Of the losses in fp32: sums in another order, nothing more."""
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """What one process and what two processes computed."""
+    folder = tmp_path_factory.mktemp("world")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {k: v for k, v in environment.items() if k not in ("RANK", "WORLD_SIZE")}
+    one, two = folder / "one.json", folder / "two.json"
+    launcher = [
+        "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
+        "--master_port", str(free_port()), "--no_local_rank",
+    ]  # fmt: skip
+    for words in (
+        [str(SCRIPT), str(one), "0"],
+        [*launcher, str(SCRIPT), str(two), "0", "1", "2", "3"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(one.read_text()), json.loads(two.read_text())
+
+
+def same(ours, theirs) -> None:
+    assert len(ours) == len(theirs) == 6
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        # A loss may pass near 0, where a relative bound means nothing: its scale is the gradient's.
+        assert b["loss"] == pytest.approx(a["loss"], rel=RELATIVE, abs=1e-6), step
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4), step  # see RELATIVE
+
+
+@pytest.mark.parametrize("algo", ["p3o", "ppo"])
+def test_two_processes_equal_one(numbers, algo):
+    one, two = numbers
+    same(one[f"{algo}-0"], two[f"{algo}-0"])
+
+
+@pytest.mark.parametrize("algo", ["p3o", "ppo"])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_every_zero_stage_equals_stage_0(numbers, algo, zero):
+    _, two = numbers
+    same(two[f"{algo}-0"], two[f"{algo}-{zero}"])
+
+
+def test_micro_batches_of_4_equal_one_of_16(numbers):
+    for side in numbers:
+        same(side["p3o-0"], side["p3o-0-micro-16"])
+
+
+def test_the_six_steps_differ_so_that_equal_means_something(numbers):
+    one, _ = numbers
+    assert len({step["loss"] for step in one["p3o-0"]}) == 6
+    assert all(step["grad_norm"] > 1e-4 for step in one["ppo-0"])
