@@ -12,7 +12,7 @@ demo: install ## train the default chain on CPU and draw its frontier (about 5 m
 	$(BIN)/rlhf train algo=p3o_v2 data=hh && $(BIN)/rlhf frontier
 
 test: install ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install ## lint, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

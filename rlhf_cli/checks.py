@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rlhf_cli.store import pretrained
+
 if TYPE_CHECKING:
     from rlhf_cli.config import Recipe
 
 
 def faults(recipe: Recipe) -> Iterator[str]:
     """One sentence per contradiction."""
+    if not recipe.paths.runs:
+        yield "paths.runs is empty; set paths.runs=DIR, or RLHF_RUNS=DIR in the environment."
     yield from _launch(recipe)
     yield from _batches(recipe)
     yield from _models(recipe)
@@ -62,6 +66,13 @@ def _models(recipe: Recipe) -> Iterator[str]:
         shape = model.scratch
         if shape is None and not model.name:
             yield f"{key}.name is missing; name a Hugging Face repository or a local folder."
+        if shape is None and model.name and (fault := pretrained.fault(f"{key}.name", model.name)):
+            yield fault
+        if shape and model.name:
+            yield (
+                f"{key}.name={model.name} has no effect on a model trained from scratch; choose"
+                f" {_choice(key)}, or leave it out."
+            )
         if shape and shape.width % shape.heads:
             yield (
                 f"{key}.scratch.width={shape.width} must be a multiple of"
@@ -74,6 +85,11 @@ def _models(recipe: Recipe) -> Iterator[str]:
                 f"{data.max_prompt_tokens} + data.max_response_tokens={data.max_response_tokens};"
                 f" set {key}.scratch.context={longest}."
             )
+
+
+def _choice(key: str) -> str:
+    """The override that takes a model by its name."""
+    return "model=custom" if key == "model" else f"model@{key}=custom"
 
 
 def _near(number: int, unit: int) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from rlhf_cli import __version__
-from rlhf_cli.errors import UserError
+from rlhf_cli.errors import StageFailed, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from rlhf_cli.plan import Plan
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""What typer raises for words it cannot read; it has no public name in every version."""
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Every word after the verb is Hydra's to read."""
 
@@ -50,20 +51,37 @@ Examples:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    """Run the command line and exit.
+
+    A user's mistake is one sentence on stderr and exit code 2, a stage that broke one sentence and
+    exit code 1, an interrupt exit code 130.
+    """
     words = sys.argv[1:] if words is None else list(words)
     # Said before torch is loaded: threads that spin while they wait make a busy machine five times
     # slower still, and an idle one hardly faster.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A user's own algorithm is found where the command is typed, as with `python -m`.
     sys.path.append(os.getcwd())
+    read = [word for word in words if word != "--debug"] or ["--help"]
     try:
-        app([word for word in words if word != "--debug"], prog_name="rlhf")
-    except UserError as error:
+        code = app(read, prog_name="rlhf", standalone_mode=False)
+    except (UserError, StageFailed, UsageError) as error:
         if "--debug" in words:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        code = 1 if isinstance(error, StageFailed) else 2
+    raise SystemExit(code)
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong; typer's own complaints do not say where to look."""
+    if not isinstance(error, UsageError):
+        return str(error)
+    context = getattr(error, "ctx", None)
+    said = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+    return (
+        f"{said}; `{context.command_path if context else 'rlhf'} --help` has the words there are."
+    )
 
 
 @app.callback(invoke_without_command=True)
@@ -83,13 +101,19 @@ def _rlhf(
 def train(context: typer.Context) -> None:
     """Build what is missing of a chain, or of a sweep with -m."""
     from rlhf_cli.launch import execute
+    from rlhf_cli.plan import check_downloads
 
     jobs = _planned(context.args)
+    for plan, _ in jobs:
+        check_downloads(plan)
     command = shlex.join(["rlhf", "train", *context.args])
     failures = []
     for plan, node in jobs:
         try:
             directory = execute(plan, node, command)
+        except KeyboardInterrupt:
+            print("\ninterrupted: give the same command again to go on.", file=sys.stderr)
+            raise typer.Exit(130) from None
         except Exception as error:
             if len(jobs) == 1:
                 raise
@@ -158,7 +182,8 @@ def runs(runs: Runs = Path("runs"), as_json: Json = False) -> None:
     if as_json:
         _print_json(rows)
     elif rows:
-        _console().print(listing.table(rows))
+        console = _console()
+        console.print(listing.table(rows, wide=console.width >= listing.WIDE))
     else:
         print(f"no runs in {runs} yet; `rlhf train` makes one.")
 

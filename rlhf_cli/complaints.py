@@ -26,7 +26,10 @@ def of_values(error: ValidationError, prefix: str) -> UserError:
         case "missing" | "missing_argument":
             return UserError(f"{key} is missing; give it a value with {key}=VALUE.")
         case "unexpected_keyword_argument":
-            return UserError(f"{key}={value} is not a key of the configuration; {KEYS}.")
+            given = key if isinstance(value, dict) else f"{key}={value}"
+            return UserError(f"{given} is not a key of the configuration; {KEYS}.")
+        case "tuple_type" | "list_type":
+            must = f"be a list, as in {key}=[A,B]"
         case "dataclass_type":
             must = "be a group of keys"
         case "value_error" | "assertion_error":
@@ -66,8 +69,10 @@ def of_composition(error: Exception) -> UserError | None:
             return UserError(f"{match[1]} names several values; add -m to run one after the other.")
         return UserError(f"the configuration cannot be composed: {line}.")
     if isinstance(error, OmegaConfBaseException):
-        # Our own resolvers refuse a value by a UserError, which OmegaConf wraps.
-        line = line.removeprefix("UserError raised while resolving interpolation: ")
+        # Our own resolvers refuse a value by a whole UserError, which OmegaConf wraps.
+        ours = "UserError raised while resolving interpolation: "
+        if line.startswith(ours):
+            return UserError(f"{line.removeprefix(ours)}.")
         where = re.search(r"full_key: (\S+)", str(error))
         return UserError(f"{where[1]}: {line}." if where else f"{line}.")
     if isinstance(error, YAMLError):

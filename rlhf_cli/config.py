@@ -8,12 +8,13 @@ sees it. This module brings no torch by itself; the class an algorithm's `_targe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, Node, OmegaConf, flag_override
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 
@@ -146,11 +147,18 @@ def register() -> None:
     OmegaConf.register_new_resolver("rlhf.source", _source, replace=True)
 
 
-def _pick(word: str, table: Mapping[str, Any]) -> Any:
-    """Look a word up in a table, falling back to its entry `other`."""
-    if word not in table and "other" not in table:
-        raise UserError(f"{word!r} is none of {', '.join(table)}; choose one of them.")
-    return table[word] if word in table else table["other"]
+def _pick(word: str, table: Mapping[str, Any], *, _node_: Node) -> Any:
+    """Look a word up in a table, falling back to its entry `other`.
+
+    A word that is missing is a fault of the key it came from, not of the one that is looked up.
+    """
+    if word in table or "other" in table:
+        return table.get(word, table.get("other"))
+    origin = re.search(r"rlhf\.pick:\$\{([\w.]+)\}", str(_node_._value()))
+    key = origin[1] if origin else str(_node_._get_full_key(None))
+    if key.startswith("."):
+        key = str(_node_._get_full_key(None)).rpartition(".")[0] + key
+    raise UserError(f"{key}={word} is not allowed: choose one of {', '.join(table)}.")
 
 
 def _source(scratch: object) -> str:

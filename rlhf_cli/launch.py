@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -32,10 +33,14 @@ def execute(plan: Plan, node: DictConfig, command: str) -> Path:
         run = Run(step.path)
         if run.status() == "done":
             continue
-        with run.lock(on_wait=lambda run=run: print(f"waiting for another process that builds {run.path}")):  # type: ignore[misc]
+        with run.lock(on_wait=partial(_say_waiting, run)):
             if run.status() != "done":
                 _build(run, step, plan, node, command)
     return plan.steps[-1].path
+
+
+def _say_waiting(run: Run) -> None:
+    print(f"waiting for another process that builds {run.path}", flush=True)
 
 
 def _build(run: Run, step: Step, plan: Plan, node: DictConfig, command: str) -> None:

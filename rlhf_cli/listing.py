@@ -16,6 +16,8 @@ from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
 
 LATEST = ("eval/kl", "eval/reward", "eval/gold")
+WIDE = 100
+"""Columns from which on every cell of `table` has room."""
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -52,18 +54,18 @@ def details(run: Run) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Draw summaries, one a line."""
+def table(rows: Sequence[Mapping[str, Any]], wide: bool = True) -> Table:
+    """Draw summaries, one a line; without step and age where a name would be cut in two for them."""
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("stage", "run", "key", "status"):
         drawn.add_column(column, no_wrap=column != "run", overflow="fold")
-    for column in ("step", "KL", "reward", "gold", "age"):
+    for column in ("step", "KL", "reward", "gold", "age") if wide else ("KL", "reward", "gold"):
         drawn.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        numbers = (_number(row[name]) for name in ("step", *LATEST))
-        drawn.add_row(
-            row["stage"], row["label"], row["key"], row["status"], *numbers, _age(row["when"])
-        )
+        cells = ["-" if row[name] is None else f"{row[name]:.2f}" for name in LATEST]
+        if wide:
+            cells = [_number(row["step"]), *cells, _age(row["when"])]
+        drawn.add_row(row["stage"], row["label"], row["key"], row["status"], *cells)
     return drawn
 
 

@@ -18,7 +18,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_cli import hub
 from rlhf_cli.config import Recipe, recipe
+from rlhf_cli.errors import UserError
+from rlhf_cli.recipes import Model
+from rlhf_cli.store import pretrained
 from rlhf_cli.store.key import key
 from rlhf_cli.store.run import Run, Status
 
@@ -87,14 +91,14 @@ def plan(node: DictConfig) -> Plan:
     add(
         "sft",
         f"{title}-{made.model.label}-s{made.sft.seed}",
-        model=asdict(made.model),
+        model=_identity(made.model),
         sft=asdict(made.sft),
     )
     if made.stage == "reward" or (made.stage == "rl" and _needs_scores(made)):
         add(
             "reward",
             f"{title}-{made.reward.model.label}-s{made.reward.seed}",
-            reward=asdict(made.reward),
+            reward={**asdict(made.reward), "model": _identity(made.reward.model)},
         )
     if made.stage == "rl":
         cls = type(made.algo)
@@ -108,6 +112,36 @@ def plan(node: DictConfig) -> Plan:
             eval=asdict(made.eval),
         )
     return Plan(tuple(steps.values()), made)
+
+
+def check_downloads(plan: Plan) -> None:
+    """Make sure that pretrained weights still to be fetched can be.
+
+    Finds out in seconds what the libraries would find out in a minute, before any run is begun.
+    Raises UserError.
+    """
+    policy, reward = plan.recipe.model, plan.recipe.reward.model
+    missing = {step.stage for step in plan.steps if step.status != "done"}
+    wanted = [("model", policy)] if "sft" in missing else []
+    # A reward model like the policy starts from the SFT policy, which is there by then.
+    wanted += [("reward.model", reward)] if "reward" in missing and reward != policy else []
+    for group, model in wanted:
+        if model.name is None or pretrained.is_local(model.name):
+            continue
+        if not hub.is_cached(model.name, model.revision) and hub.out_of_reach():
+            raise UserError(
+                f"{group}.name={model.name} is no local folder and the Hugging Face hub cannot be"
+                " reached: use model=custom model.name=DIR for a local checkpoint, model=nano to"
+                " train from scratch, or HF_HUB_OFFLINE=1 with a filled cache."
+            )
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    """What of a model enters a key: a local folder by its contents, so that moving it changes nothing."""
+    values = asdict(model)
+    if model.name is not None and pretrained.is_local(model.name):
+        values["name"] = f"sha256:{pretrained.contents(model.name)}"
+    return values
 
 
 def _needs_scores(made: Recipe) -> bool:

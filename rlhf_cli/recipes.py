@@ -119,6 +119,9 @@ class Reward:
     """Preference pairs per optimiser step, over all processes."""
     calibration: Annotated[int, Field(ge=2)]
     """SFT responses on training prompts whose scores are moved to mean 0 and standard deviation 1."""
+    unended: float | None
+    """Score of a response that was cut before it ended, in place of the model's own, which never saw
+    one (Huang et al. 2024, "EOS trick"); null keeps the model's."""
     optim: Optim
 
 

@@ -10,15 +10,18 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Hashable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import cast
 
+from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_cli.config import Recipe, read, recipe
 from rlhf_cli.data.corpus import Corpus, Dataset
-from rlhf_cli.engine.world import World, start
+from rlhf_cli.engine.world import start
 from rlhf_cli.errors import UserError
 from rlhf_cli.stages.context import Context
 from rlhf_cli.stages.progress import Progress
@@ -38,7 +41,7 @@ def work(path: Path) -> None:
     _log_to(run.log / f"rank_{world.rank}.txt")
     title = {"sft": "sft", "reward": "reward model", "rl": typed.name}[typed.stage]
     with Progress(title, world.is_main) as progress:
-        corpus = _corpus(typed.data)
+        corpus = _corpus(cast(Hashable, typed.data))
         if world.is_main:
             drops = {cause: len(where) for cause, where in corpus.drops.items()}
             run.update(data={"digest": corpus.digest, "drops": drops})
@@ -65,9 +68,9 @@ def work(path: Path) -> None:
 
 
 @cache
-def _corpus(data: Dataset) -> Corpus:
+def _corpus(data: Hashable) -> Corpus:
     """Loaded once per process: stages that run one after another share it."""
-    return data.load()
+    return cast(Dataset, data).load()
 
 
 def _list_drops(run: Run, corpus: Corpus) -> None:
@@ -78,7 +81,7 @@ def _list_drops(run: Run, corpus: Corpus) -> None:
 
 
 def _mirror(run: Run, typed: Recipe, corpus: Corpus) -> Mirror:
-    node = read(run.config_path)
+    values = OmegaConf.to_container(read(run.config_path), resolve=True)
     return open_mirror(
         typed.track,
         run.path,
@@ -87,7 +90,7 @@ def _mirror(run: Run, typed: Recipe, corpus: Corpus) -> Mirror:
         group=typed.group,
         job_type=typed.stage,
         tags=[corpus.title, typed.model.label, *([typed.name] if typed.stage == "rl" else [])],
-        config=dict(node),  # type: ignore[arg-type]
+        config=dict(values),  # type: ignore[arg-type]
     )
 
 
@@ -102,6 +105,8 @@ def _log_to(path: Path) -> None:
         logger = logging.getLogger(name)
         logger.handlers = []
         logger.propagate = True
+    # What the mirror has to say (once) is for the user too.
+    logging.getLogger("rlhf_cli.track").addHandler(logging.StreamHandler())
     # A fresh reward head is new on purpose; load_reward_model checks that a trained one is not.
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     disable_progress_bar()

@@ -189,7 +189,10 @@ def test_hydras_own_flags_print_and_run_nothing(rlhf: Rlhf, executed: list[Any])
     assert executed == []
 
 
-def test_runs_lists_every_run_with_its_last_evaluation(rlhf: Rlhf) -> None:
+def test_runs_lists_every_run_with_its_last_evaluation(
+    rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     assert "no runs in runs yet" in rlhf("runs")[1]
     first = {"step": 0, "eval/kl": 0.0, "eval/reward": 0.1}
     last = {"step": 5, "eval/kl": 2.5, "eval/reward": 0.75, "eval/gold": float("nan")}
@@ -198,11 +201,22 @@ def test_runs_lists_every_run_with_its_last_evaluation(rlhf: Rlhf) -> None:
     code, out, _ = rlhf("runs")
     assert code == 0
     assert out.splitlines()[1].split()[:8] == [
-        *("rl", "ppo-hh-nano-s1", "aaaaaaaaaa", "done", "6", "2.5", "0.75", "-")
+        *("rl", "ppo-hh-nano-s1", "aaaaaaaaaa", "done", "6", "2.50", "0.75", "-")
     ]
     rows = json.loads(rlhf("runs", "--json")[1])
     assert [row["stage"] for row in rows] == ["rl", "sft"]
     assert (rows[0]["eval/kl"], rows[0]["eval/gold"], rows[1]["step"]) == (2.5, None, None)
+
+
+def test_at_80_columns_a_run_stays_on_one_line(rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"step": 128, "eval/kl": 5.5961, "eval/reward": 1.4501, "eval/gold": 0.9594}
+    made("rl", "dpo_online-hh_embedded-nano-s1", "aaaaaaaaaa", row)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = rlhf("runs")[1].splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) <= 80
+    assert lines[1].split()[1:] == [
+        *("dpo_online-hh_embedded-nano-s1", "aaaaaaaaaa", "done", "5.60", "1.45", "0.96")
+    ]
 
 
 def test_show_tells_where_a_run_comes_from_and_what_it_wrote(rlhf: Rlhf) -> None:

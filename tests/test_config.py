@@ -140,7 +140,7 @@ FAULTS = [
     (["seed=[1"], ["seed=[1", "quotes"]),
     (["model=custom"], ["model.name has no value", "model.name=VALUE"]),
     (["model.scratch=null"], ["model.name is missing"]),
-    (["data.source=web"], ["data.", "'web'", "embedded, path, hub"]),
+    (["data.source=web"], ["data.source=web", "embedded, path, hub"]),
     (["algo.clip=${nope}"], ["algo.clip", "'nope' not found"]),
     (["algo=_online"], ["algo._target_ is missing", "algo=NAME"]),
     (["algo._target_=nowhere.P3O"], ["algo._target_=nowhere.P3O cannot be imported"]),
@@ -151,7 +151,7 @@ FAULTS = [
     (["algo.update.episodes=64"], ["algo.update.episodes=64", "algo.update.episodes=128"]),
     (["launch.processes=2"], ["launch.processes=2", "launch=deepspeed"]),
     (["launch=deepspeed", "sft.batch=33"], ["sft.batch=33", "sft.batch=32"]),
-    (["launch=deepspeed", "launch.processes=3"], ["3 processes = 6", "algo.update.batch=126"]),
+    (["launch=deepspeed", "launch.processes=3"], ["x 3 processes = 24", "algo.update.batch=120"]),
     (["model.scratch.heads=3"], ["model.scratch.width=128", "model.scratch.width=126"]),
     (["model.scratch.context=64"], ["model.scratch.context=64", "model.scratch.context=144"]),
 ]

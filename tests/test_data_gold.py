@@ -43,8 +43,8 @@ RAISE, OFFER = " My boss promised a raise.", " I have an offer."
         (MORE, POT + HEAT, "coverage", 1.0),
         (DIARY, SORRY + ASK, "coverage", 1.0),
         (TWO, RINSE, "relevance", 1.0),
-        (TWO, RINSE + " Tie a strong knot.", "relevance", 0.0),
-        (TWO, " Tie a strong knot.", "relevance", -1.0),
+        (TWO, RINSE + " Oil the chain every month.", "relevance", 0.0),
+        (TWO, " Oil the chain every month.", "relevance", -1.0),
         (MORE, RINSE, "relevance", -1.0),
         (DIARY, RINSE, "relevance", -1.0),
         (TWO, " Happy to help.", "courtesy", 0.5),
@@ -113,7 +113,7 @@ def test_capitals_and_spaces_do_not_matter_but_words_do():
 
 def test_no_tip_and_no_short_fact_belongs_to_two_subjects():
     tips = [tip for tips in embedded_hh.TOPICS.values() for tip in tips]
-    assert len(tips) == len(set(tips)) == 6 * 41
+    assert len(tips) == len(set(tips)) == 6 * 16
     assert len(embedded_hh.DEEDS) == 16
     people, scenes = len(embedded_tldr.PEOPLE), len(embedded_tldr.SCENES)
     assert len(embedded_tldr.LONG) == scenes * (people + 5) == 20 * 17
@@ -126,7 +126,7 @@ def test_about_one_prompt_in_eight_is_improper_and_most_have_several_turns():
     turns = statistics.mean(p.count("\n\nHuman: ") > 1 for p in prompts)
     # 4000 draws: three standard errors are 0.016 and 0.023.
     assert improper == pytest.approx(0.12, abs=0.02)
-    assert turns == pytest.approx(0.59, abs=0.03)
+    assert turns == pytest.approx(0.63, abs=0.03)
 
 
 def test_piling_up_courtesy_or_tips_loses_gold_and_is_seen_in_less_than_3_percent_of_pairs():

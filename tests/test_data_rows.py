@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_cli.data import rows
+from rlhf_cli import hub
 from rlhf_cli.data.corpus import Demo, Pair
 from rlhf_cli.data.embedded import Embedded
 from rlhf_cli.data.hh import HH, fault, first_turn, last_answer
@@ -204,7 +204,7 @@ def spoil_split(folder: Path) -> str:
         (spoil_json, ("train.jsonl.gz:2", "not valid JSON")),
         (spoil_gzip, ("train.jsonl.gz", "cannot be read to its end")),
         (spoil_magic, ("train.jsonl.gz", "cannot be read to its end")),
-        (spoil_split, ("held-out split", "no demos", "data.source=path")),
+        (spoil_split, ("held-out split", "no demos", "data.path=")),
     ],
 )
 def test_bad_input_is_one_sentence_that_names_the_place(folder, spoil, words):
@@ -223,8 +223,8 @@ def test_a_path_that_was_never_given_is_asked_for():
 
 def test_without_a_network_the_hub_fails_within_4_seconds_and_names_three_ways_out(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(rows, "PATIENCE", 0.2)
-    monkeypatch.setattr(rows, "_connects", lambda: time.sleep(30))
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    monkeypatch.setattr(hub, "_connects", lambda: time.sleep(30))
     start = time.monotonic()
     with pytest.raises(UserError) as error:
         replace(HH_ROWS, source="hub").load()
@@ -237,7 +237,7 @@ def test_a_refused_connection_counts_as_no_network(monkeypatch):
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    assert not rows._connects()
+    assert not hub._connects()
 
 
 def test_the_hub_is_asked_for_one_folder_at_the_pinned_commit_and_gives_the_rows_of_files(

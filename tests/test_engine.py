@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.core.masked import denominators
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, in_parts, per_token
 from rlhf_cli.engine.learner import Judged, Learner, schedule
 from rlhf_cli.engine.order import batch_at, shuffled
+from rlhf_cli.engine.rollout import Collector, Judges
 from rlhf_cli.engine.sampler import draw, inverse_cdf, uniforms
 from rlhf_cli.engine.world import World, start
 from rlhf_cli.errors import UserError
@@ -167,9 +169,7 @@ def test_a_reward_model_without_its_head_is_refused(policy, tokenizer, tmp_path)
         load_reward_model(tmp_path / "final", "fp32", tokenizer)
 
 
-def test_a_final_folder_reloads_with_equal_weights_and_the_same_tokens(
-    policy, tokenizer, tmp_path
-):
+def test_a_final_folder_reloads_with_equal_weights_and_the_same_tokens(policy, tokenizer, tmp_path):
     checkpoint.save_final(tmp_path / "final", policy, tokenizer, "---\n---\ncard")
     again = load_tokenizer(tmp_path / "final")
     assert again("the cat\n\n sat")["input_ids"] == tokenizer("the cat\n\n sat")["input_ids"]
@@ -183,9 +183,7 @@ def test_a_final_folder_reloads_with_equal_weights_and_the_same_tokens(
 def learned(policy, tokenizer, world, micro_batch, steps=2):
     """Losses and weights after `steps` steps of maximum likelihood on drawn responses."""
     sample = drawn(policy, tokenizer)
-    tokens, attention, mask = (
-        t.clone() for t in (sample.tokens, sample.attention, sample.mask)
-    )
+    tokens, attention, mask = (t.clone() for t in (sample.tokens, sample.attention, sample.mask))
     learner = Learner(Actor(policy), optim(), steps, launch(micro_batch), world, "fp32")
 
     def judge(part: Rows) -> Judged:
@@ -222,9 +220,7 @@ def test_a_resumed_learner_takes_the_very_step_the_first_would_have_taken(
     assert found[1]["wall"] == 3.5
     assert other.step_index == 2
     sample = drawn(new_policy(model, tokenizer), tokenizer)
-    tokens, attention, mask = (
-        t.clone() for t in (sample.tokens, sample.attention, sample.mask)
-    )
+    tokens, attention, mask = (t.clone() for t in (sample.tokens, sample.attention, sample.mask))
 
     def step(learner: Learner) -> dict[str, float]:
         def judge(part: Rows) -> Judged:
@@ -246,6 +242,25 @@ def test_a_damaged_checkpoint_stops_the_resume_by_name(model, tokenizer, world, 
         file.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="000002: this checkpoint is damaged"):
         checkpoint.resume(tmp_path, learner)
+
+
+def test_a_response_that_does_not_end_scores_what_the_recipe_says(policy, model, tokenizer, world):
+    end = tokenizer.eos_token_id
+    with torch.no_grad():
+        policy.get_output_embeddings().weight[end] *= 20
+    scorer = Scorer(new_reward_model(model, None, tokenizer, 1))
+    raw, kept = (
+        Collector(world, tokenizer, Judges(None, scorer), 8, 16, LONGEST, 1, unended).collect(
+            Actor(policy), PROMPTS, Sampling(policy=4), "train", 0
+        )[0]
+        for unended in (None, -1.0)
+    )
+    ids = kept.tokens[..., -LONGEST:]
+    ended = ((ids == end) & kept.mask.bool()).any(-1)
+    assert 0 < ended.sum() < ended.numel()
+    assert (kept.score[~ended] == -1.0).all()
+    assert torch.equal(kept.score[ended], raw.score[ended])
+    assert (raw.score[~ended] != -1.0).all()
 
 
 def test_only_the_two_newest_checkpoints_stay(model, tokenizer, world, tmp_path):

@@ -68,7 +68,7 @@ def test_how_a_run_is_made_is_in_no_key(how: list[str]) -> None:
     ("word", "stages"),
     [
         ("seed=2", {"rl"}),
-        ("algo.beta=0.2", {"rl"}),
+        ("algo.beta=0.3", {"rl"}),
         ("algo.update.epochs=2", {"rl"}),
         ("algo.optim.lr=1e-5", {"rl"}),
         ("eval.prompts=100", {"rl"}),

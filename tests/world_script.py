@@ -14,9 +14,9 @@ import torch
 
 from rlhf_cli.algos.p3o import P3O
 from rlhf_cli.algos.ppo import PPO
+from rlhf_cli.engine.learner import Learner
 from rlhf_cli.engine.order import shuffled
 from rlhf_cli.engine.rollout import Collector, Judges
-from rlhf_cli.engine.learner import Learner
 from rlhf_cli.engine.world import start
 from rlhf_cli.models.heads import Actor, Scorer
 from rlhf_cli.models.load import new_policy, new_reward_model

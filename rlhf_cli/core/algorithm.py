@@ -92,10 +92,14 @@ class Algorithm(Protocol):
     """Raised whenever the numbers of the algorithm change; part of the run's key."""
 
     @property
-    def update(self) -> Update: ...
+    def update(self) -> Update:
+        """The sampling budget and how often each response is learned from."""
+        ...
 
     @property
-    def optim(self) -> Optim: ...
+    def optim(self) -> Optim:
+        """The optimiser of the policy."""
+        ...
 
     def sampling(self) -> Sampling:
         """Who answers each prompt."""

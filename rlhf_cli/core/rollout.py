@@ -47,7 +47,7 @@ class Rollout:
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **picked)
+        return replace(self, **picked)  # type: ignore[arg-type]
 
     def trim(self, length: int) -> Rollout:
         """The same rollout without the response columns past `length`; they must be padding."""

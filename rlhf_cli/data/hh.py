@@ -70,7 +70,9 @@ class HH:
             else:
                 train.append(pair)
         corpus = Corpus(self.title, _split(train), _split(heldout), drops.frozen(), gold=None)
-        require_rows(corpus, f"data.source={self.source}")
+        require_rows(
+            corpus, f"data.path={self.path}" if self.source == "path" else "data.source=hub"
+        )
         return corpus
 
     def fingerprint(self) -> str:

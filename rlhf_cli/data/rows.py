@@ -8,21 +8,15 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
-import socket
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
+from rlhf_cli import hub
 from rlhf_cli.errors import UserError
 
 SUFFIXES = (".jsonl.gz", ".jsonl")
-PATIENCE = 3.0
-"""Seconds in which the hub must take a connection."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,8 @@ def read_hub(
     repository: str, revision: str, split: str, columns: Sequence[str], folder: str | None = None
 ) -> Iterator[Row]:
     """The rows of one split of a dataset on the hub, or of one folder of it, at a pinned commit."""
-    _require_hub(repository)
+    if hub.out_of_reach():
+        raise _no_hub(repository, "cannot be reached")
     import datasets
 
     try:
@@ -120,30 +115,6 @@ def _columns(line: str, columns: Sequence[str], where: str) -> dict[str, str]:
 def _unreadable(file: Path, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return UserError(f"{file} cannot be read to its end ({reason}); replace it with a whole copy.")
-
-
-def _require_hub(repository: str) -> None:
-    """Fail within `PATIENCE` seconds where the libraries below would retry for minutes."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        return  # the cache answers, or the library says at once that it cannot
-    # A thread, because looking up a name has no timeout of its own.
-    reached: list[bool] = []
-    knock = Thread(target=lambda: reached.append(_connects()), daemon=True)
-    knock.start()
-    knock.join(PATIENCE)
-    if not any(reached):
-        raise _no_hub(repository, "cannot be reached")
-
-
-def _connects() -> bool:
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    url = urlsplit(getproxies().get("https", endpoint))
-    try:
-        port = url.port or (80 if url.scheme == "http" else 443)
-        socket.create_connection((url.hostname or "", port), timeout=PATIENCE).close()
-    except OSError:
-        return False
-    return True
 
 
 def _no_hub(repository: str, what: str) -> UserError:

@@ -89,7 +89,9 @@ class TLDR:
             drops.frozen(),
             gold=None,
         )
-        require_rows(corpus, f"data.source={self.source}")
+        require_rows(
+            corpus, f"data.path={self.path}" if self.source == "path" else "data.source=hub"
+        )
         return corpus
 
     def fingerprint(self) -> str:

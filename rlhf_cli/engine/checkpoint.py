@@ -39,7 +39,9 @@ def save(
     world.barrier()
     learner.engine.save_checkpoint(str(partial), tag="engine", save_latest=False)
     if world.is_main:
-        save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / "state.safetensors")
+        save_file(
+            {k: v.contiguous().cpu() for k, v in state.items()}, partial / "state.safetensors"
+        )
         (partial / "place.json").write_text(json.dumps({**place, "step": learner.step_index}))
     world.barrier()
     if world.is_main:

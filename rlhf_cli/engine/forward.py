@@ -36,9 +36,7 @@ def cut(index: Tensor, tokens: Tensor, attention: Tensor, mask: Tensor) -> Rows:
     used = int(any_response[-1]) + 1 if len(any_response) else 1
     end = width - longest + used
     start = int(attention.any(0).float().argmax())
-    return Rows(
-        index, tokens[index, start:end], attention[:, start:end], mask[:, :used]
-    )
+    return Rows(index, tokens[index, start:end], attention[:, start:end], mask[:, :used])
 
 
 def in_parts(

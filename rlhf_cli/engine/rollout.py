@@ -37,6 +37,8 @@ class Collector:
     max_prompt_tokens: int
     max_response_tokens: int
     seed: int
+    unended: float | None = None
+    """Score of a response without end token, in place of the reward model's; None keeps that."""
 
     def collect(
         self,
@@ -57,7 +59,7 @@ class Collector:
         # The last uniform of each row is its coin.
         uniform = uniforms(self.seed, stream, step, rows, self.max_response_tokens + 1)
         drawn = draw(
-            actor.policy,  # type: ignore[arg-type]
+            actor.policy,
             prompts[mine],
             group,
             uniform[:, :-1],
@@ -71,7 +73,12 @@ class Collector:
         said["coin"] = uniform[:, -1].to(self.world.device)
         whole = {
             name: self.world.gather(value).unflatten(0, (len(prompts), group))
-            for name, value in {"tokens": tokens, "attention": attention, "mask": mask, **said}.items()
+            for name, value in {
+                "tokens": tokens,
+                "attention": attention,
+                "mask": mask,
+                **said,
+            }.items()
         }
         rollout = Rollout(
             source=sampling.sources,
@@ -95,10 +102,11 @@ class Collector:
             )
         if (reward := self.judges.reward) is not None:
             said["score"] = per_row(lambda r: reward(r.tokens, r.attention), *batch)
+            if self.unended is not None:
+                ended = self._ended(tokens, mask)
+                said["score"] = torch.where(ended, said["score"], self.unended)
         if (critic := actor.critic) is not None:
-            said["value_old"] = per_token(
-                lambda r: critic(r.tokens, r.attention, r.length), *batch
-            )
+            said["value_old"] = per_token(lambda r: critic(r.tokens, r.attention, r.length), *batch)
         return said
 
     def texts(self, rollout: Rollout) -> list[str]:
@@ -112,12 +120,13 @@ class Collector:
 
     def ended(self, rollout: Rollout) -> Tensor:
         """[P,G] 1.0 where the response closes with the end token."""
-        longest = rollout.mask.shape[-1]
-        ids = rollout.tokens[..., -longest:]
-        return ((ids == self.tokenizer.eos_token_id) & rollout.mask.bool()).any(-1).float()
+        return self._ended(rollout.tokens, rollout.mask).float()
+
+    def _ended(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        ids = tokens[..., -mask.shape[-1] :]
+        return ((ids == self.tokenizer.eos_token_id) & mask.bool()).any(-1)
 
 
 _TENSORS = (
     "tokens", "attention", "mask", "logp_old", "logp_ref", "score", "value_old", "coin",
 )  # fmt: skip
-

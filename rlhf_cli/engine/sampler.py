@@ -40,7 +40,9 @@ def uniforms(seed: int, stream: str, step: int, rows: Sequence[int], count: int)
     """[len(rows), count] draws in [0,1), a pure function of (seed, stream, step, row)."""
     key = [seed, *stream.encode(), step]
     return torch.from_numpy(
-        np.stack([np.random.default_rng([*key, row]).random(count, dtype=np.float32) for row in rows])
+        np.stack(
+            [np.random.default_rng([*key, row]).random(count, dtype=np.float32) for row in rows]
+        )
     )
 
 
@@ -142,6 +144,7 @@ class BufferLayer(DynamicLayer):
         self.capacity, self.filled = capacity, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes the buffers once the first states tell their shape."""
         self.dtype, self.device = key_states.dtype, key_states.device
         shape = (*key_states.shape[:2], self.capacity)
         self.keys = key_states.new_empty((*shape, key_states.shape[-1]))
@@ -151,6 +154,7 @@ class BufferLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        """Appends [N,heads,n,d] states and returns all that are filled, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.filled = self.filled, self.filled + key_states.shape[-2]
@@ -159,6 +163,7 @@ class BufferLayer(DynamicLayer):
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
 
     def get_seq_length(self, *args: object) -> int:
+        """Columns filled so far."""
         return self.filled
 
 

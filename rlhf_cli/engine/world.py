@@ -80,7 +80,9 @@ def start(timeout: int) -> World:
         os.environ["MASTER_PORT"] = str(free_port())
     if not dist.is_initialized():
         deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), verbose=False
+            dist_backend="nccl" if cuda else "gloo",
+            timeout=timedelta(seconds=timeout),
+            verbose=False,
         )
     local = int(os.environ["LOCAL_RANK"])
     if cuda:

@@ -22,21 +22,23 @@ def positions(attention: Tensor) -> Tensor:
 def next_logits(policy: nn.Module, tokens: Tensor, attention: Tensor, length: int) -> Tensor:
     """[N,length,V] logits that predict the last `length` columns; no others are formed.
 
-    What predicts column i stands at column i-1.
+    What predicts column i stands at column i-1, so the last column is not fed at all.
     """
+    attention = attention[:, :-1]
     return policy(
-        input_ids=tokens,
+        input_ids=tokens[:, :-1],
         attention_mask=attention.long(),
         position_ids=positions(attention),
         use_cache=False,
-        logits_to_keep=length + 1,
-    ).logits[:, -length - 1 : -1]
+        logits_to_keep=length,
+    ).logits
 
 
 def log_probs(policy: nn.Module, tokens: Tensor, attention: Tensor, length: int) -> Tensor:
     """[N,length] log pi(token | what precedes it) of the last `length` columns, fp32, in nats."""
-    logits = next_logits(policy, tokens, attention, length).float()
-    return -cross_entropy(logits.transpose(1, 2), tokens[:, -length:], reduction="none")
+    logits = next_logits(policy, tokens, attention, length).flatten(0, 1)
+    targets = tokens[:, -length:]
+    return -cross_entropy(logits.float(), targets.flatten(), reduction="none").view_as(targets)
 
 
 class Scorer(nn.Module):
@@ -60,9 +62,10 @@ class Scorer(nn.Module):
 
         The value in response column t is that of the state before token t, as in `log_probs`.
         """
-        hidden = self.hidden(tokens, attention)
         if length is not None:
-            return self.calibrated(self.model.score(hidden[:, -length - 1 : -1]).squeeze(-1))
+            states = self.hidden(tokens[:, :-1], attention[:, :-1])[:, -length:]
+            return self.calibrated(self.model.score(states).squeeze(-1))
+        hidden = self.hidden(tokens, attention)
         last = tokens.shape[1] - 1 - attention.long().flip(-1).argmax(-1)
         rows = torch.arange(tokens.shape[0], device=tokens.device)
         return self.calibrated(self.model.score(hidden[rows, last]).squeeze(-1))
@@ -70,7 +73,9 @@ class Scorer(nn.Module):
     def calibrated(self, raw: Tensor) -> Tensor:
         """(raw - offset) / scale in fp32, so that SFT responses score 0 with standard deviation 1."""
         config = self.model.config
-        return (raw.float() - getattr(config, SCORE_OFFSET, 0.0)) / getattr(config, SCORE_SCALE, 1.0)
+        return (raw.float() - getattr(config, SCORE_OFFSET, 0.0)) / getattr(
+            config, SCORE_SCALE, 1.0
+        )
 
 
 class Actor(nn.Module):

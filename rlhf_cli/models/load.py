@@ -10,10 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     GPTNeoXConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -115,9 +117,12 @@ def load(kind: type, name: str | Path, revision: str | None, precision: str, **o
         return kind.from_pretrained(  # type: ignore[attr-defined]
             str(name), revision=revision or "main", dtype=DTYPES[precision], **options
         )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model.name={name}: cannot be loaded ({first})") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        first = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"model.name={name}: its weights cannot be loaded ({first}); give a whole folder, or a"
+            " repository that can be reached."
+        ) from error
 
 
 def context_length(name: str | Path, revision: str | None) -> int | None:

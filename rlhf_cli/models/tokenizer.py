@@ -42,9 +42,17 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     """Loads a tokenizer and makes sure it can end and pad.
 
     Without a padding token of its own the unknown token serves if there is one, else a token is added
-    (its embedding is never read: padding is masked). Raises UserError if there is no end token.
+    (its embedding is never read: padding is masked). Raises UserError if it cannot be loaded or has no
+    end token.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # damaged files raise whatever the parser of each kind raises
+        first = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"model.name={name}: its tokenizer cannot be loaded ({first}); give a whole folder, or a"
+            " repository that can be reached."
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name={name}: its tokenizer has no end token, so a policy could never stop; "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config import Recipe
+from rlhf_cli.core.algorithm import State
 from rlhf_cli.data.corpus import Corpus
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.learner import Learner
@@ -73,11 +74,9 @@ class Context:
     def save(self, learner: Learner, state: Mapping[str, Tensor]) -> None:
         """Makes a checkpoint to resume from."""
         wall = self.wall_before + time.perf_counter() - self.began
-        checkpoint.save(
-            self.run.checkpoints, learner, self.world, dict(state), {"wall": wall}
-        )
+        checkpoint.save(self.run.checkpoints, learner, self.world, dict(state), {"wall": wall})
 
-    def resume(self, learner: Learner) -> dict[str, Tensor] | None:
+    def resume(self, learner: Learner) -> State | None:
         """Goes back to the newest checkpoint; None when starting afresh. Metrics are wound back."""
         found = checkpoint.resume(self.run.checkpoints, learner)
         if self.world.is_main:

@@ -50,15 +50,16 @@ class Evaluator:
         padded = ids + ids[-1:] * (-len(ids) % world.size)
         rollout, _ = self.collector.collect(actor, padded, Sampling(policy=1), "eval", 0)
         rollout = rollout.take(torch.arange(len(ids), device=rollout.mask.device))
-        assert rollout.logp_ref is not None and rollout.score is not None
+        assert rollout.logp_ref is not None
         flat = (rollout.logp_old[:, 0], rollout.logp_ref[:, 0], rollout.mask[:, 0])
         kl = kl_estimates(*flat)
         columns: dict[str, Tensor] = {
             "kl": kl.k1,
-            "reward": rollout.score[:, 0],
             "length": rollout.mask[:, 0].sum(-1),
             "ended": self.collector.ended(rollout)[:, 0],
         }
+        if rollout.score is not None:
+            columns["score"] = rollout.score[:, 0]
         if self.ctx.recipe.eval.exact_kl:
             columns["kl_exact"] = self._exact(actor, rollout)
         responses = self.collector.texts(rollout)
@@ -73,6 +74,7 @@ class Evaluator:
     def _exact(self, actor: Actor, rollout: Rollout) -> Tensor:
         """[P] KL over the full vocabulary, summed over the states of each response."""
         ref = self.collector.judges.ref
+        assert ref is not None
         tokens, attention, mask = rollout.tokens[:, 0], rollout.attention[:, 0], rollout.mask[:, 0]
         total = torch.zeros(len(tokens))
         with torch.no_grad():
@@ -86,9 +88,9 @@ class Evaluator:
 def _summary(columns: Mapping[str, Tensor]) -> dict[str, float]:
     """Means and standard errors under their published names."""
     summary = {"eval/prompts": float(len(columns["kl"]))}
-    for name in ("kl", "reward", "gold"):
-        if name in columns:
-            mean, se = mean_and_se(columns[name].double().tolist())
+    for name, column in {"kl": "kl", "reward": "score", "gold": "gold"}.items():
+        if column in columns:
+            mean, se = mean_and_se(columns[column].double().tolist())
             summary |= {f"eval/{name}": mean, f"eval/{name}_se": se}
     if "kl_exact" in columns:
         summary["eval/kl_exact"] = float(columns["kl_exact"].double().mean())

@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress as Bar,
     SpinnerColumn,
     TextColumn,
     TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
 )
 
 LINES = 8
@@ -30,6 +32,7 @@ class Progress:
         self._began = time.perf_counter()
         self._first = 0
         self._shown = 0
+        self._note = ""
 
     def __enter__(self) -> Progress:
         if self.enabled and self.console.is_terminal:
@@ -64,8 +67,8 @@ class Progress:
     def at(self, step: int, note: str = "") -> None:
         """Moves to `step`; `note` says in a few words how it goes."""
         if self._bar is not None:
-            fields = {"note": note} if note else {}
-            self._bar.update(self._task, completed=step, **fields)
+            self._bar.update(self._task, completed=step, note=note or self._note)
+            self._note = note or self._note
         elif self.enabled and (
             step * LINES // self.total > self._shown or (step == self.total and self._shown < LINES)
         ):
@@ -73,5 +76,6 @@ class Progress:
             spent = time.perf_counter() - self._began
             left = spent / max(step - self._first, 1) * (self.total - step)
             self.console.print(
-                f"{self.title}  {step}/{self.total}  {note}  about {left:.0f} s left", soft_wrap=True
+                f"{self.title}  {step}/{self.total}  {note}  about {left:.0f} s left",
+                soft_wrap=True,
             )

@@ -10,6 +10,8 @@ the same on every dataset.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -78,17 +80,20 @@ def main(ctx: Context) -> None:
         lambda mask: {1: float(recipe.batch)}, evaluate, group=2,
     )  # fmt: skip
     with learner.whole() as whole:
-        mean, scale = _calibration(ctx, whole, tokenizer)  # type: ignore[arg-type]
-        whole.model.config.update({SCORE_OFFSET: mean, SCORE_SCALE: scale})
+        trained = cast(Scorer, whole)
+        mean, scale = _calibration(ctx, trained, tokenizer)
+        trained.model.config.update({SCORE_OFFSET: mean, SCORE_SCALE: scale})
         if ctx.world.is_main:
-            checkpoint.save_final(ctx.run.final, whole.model, tokenizer, model_card(ctx))
+            checkpoint.save_final(ctx.run.final, trained.model, tokenizer, model_card(ctx))
 
 
-def _scores(ctx: Context, scorer: torch.nn.Module, sides: list, pad: int) -> Tensor:  # type: ignore[type-arg]
+def _scores(ctx: Context, scorer: torch.nn.Module, sides: list, pad: int) -> Tensor:
     """[N] scores of (prompt ids, response ids) rows."""
-    batch = (t.to(ctx.world.device) for t in right_padded(sides, pad, on_prompt=True))
+    tokens, attention, mask = (
+        t.to(ctx.world.device) for t in right_padded(sides, pad, on_prompt=True)
+    )
     most = ctx.recipe.launch.micro_batch
-    return per_row(lambda part: scorer(part.tokens, part.attention), *batch, most)
+    return per_row(lambda part: scorer(part.tokens, part.attention), tokens, attention, mask, most)
 
 
 def _calibration(ctx: Context, scorer: Scorer, tokenizer) -> tuple[float, float]:  # type: ignore[no-untyped-def]

@@ -1,9 +1,9 @@
 """The one loop: draw, prepare, step, log.
 
-    for each rollout:  responses of the current policy, scored by every model the algorithm needs
-                       targets from the whole rollout
-                       epochs x minibatches optimiser steps on the algorithm's loss
-                       now and then the measurement every frontier is made of
+for each rollout:  responses of the current policy, scored by every model the algorithm needs
+                   targets from the whole rollout
+                   epochs x minibatches optimiser steps on the algorithm's loss
+                   now and then the measurement every frontier is made of
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def main(ctx: Context) -> None:
             ctx.report(learner.step_index, row, _note("train", row))
     with learner.whole() as actor:
         if ctx.world.is_main:
-            checkpoint.save_final(
-                ctx.run.final, actor.policy, collector.tokenizer, model_card(ctx)
-            )
+            checkpoint.save_final(ctx.run.final, actor.policy, collector.tokenizer, model_card(ctx))
 
 
 def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
@@ -109,10 +107,9 @@ def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
     collector = Collector(
         ctx.world, tokenizer, Judges(policy().to(device), reward), recipe.launch.micro_batch,
         recipe.data.max_prompt_tokens, recipe.data.max_response_tokens, recipe.seed,
+        recipe.reward.unended,
     )  # fmt: skip
-    learner = Learner(
-        actor, recipe.algo.optim, steps, recipe.launch, ctx.world, precision, rates
-    )
+    learner = Learner(actor, recipe.algo.optim, steps, recipe.launch, ctx.world, precision, rates)
     return collector, learner
 
 
@@ -158,9 +155,7 @@ def _row(
     """What a rollout and its optimiser steps looked like on average."""
     row = {f"train/{k}": sum(s[k] for s in steps) / len(steps) for k in steps[0]}
     assert rollout.logp_ref is not None
-    row["train/kl"] = float(
-        sequence_sum(rollout.logp_old - rollout.logp_ref, rollout.mask).mean()
-    )
+    row["train/kl"] = float(sequence_sum(rollout.logp_old - rollout.logp_ref, rollout.mask).mean())
     if rollout.score is not None:
         row["train/reward"] = float(rollout.score.mean())
     row["train/length"] = float(rollout.mask.sum(-1).mean())

@@ -57,7 +57,8 @@ def fit(
     divided(f"{ctx.recipe.stage}.batch", batch, ctx.world)
     ctx.resume(learner)
     ctx.progress.start(learner.steps, learner.step_index)
-    every = max(1, learner.steps // ctx.recipe.eval.points)
+    points = min(ctx.recipe.eval.points, learner.steps)
+    due = {round(learner.steps * (i + 1) / points) for i in range(points)}
     while (step := learner.step_index) < learner.steps:
         began = time.perf_counter()
         batch_rows = collate(batch_at(rows, batch, step, seed).tolist())
@@ -73,7 +74,7 @@ def fit(
         row["episodes"] = (step + 1) * batch
         row["perf/step_seconds"] = seconds
         row["perf/tokens_per_second"] = float(attention.sum()) / seconds
-        if (step + 1) % every == 0 or step + 1 == learner.steps:
+        if step + 1 in due:
             row |= evaluate(step + 1 == learner.steps)
             ctx.save(learner, {})
         ctx.report(step + 1, row, f"loss {metrics['loss']:.3f}")

@@ -16,8 +16,8 @@ LEAST_FREE = 50 * 2**20
 """Bytes without which no run is begun: a nano run with its checkpoints takes about half of it."""
 
 _CAUSES = {
-    errno.ENOSPC: "the disk is full; free some space",
-    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
@@ -38,8 +38,8 @@ def disk(path: Path) -> Iterator[None]:
         if error.errno not in _CAUSES:
             raise
         raise UserError(
-            f"cannot write {path}: {_CAUSES[error.errno]}, or choose another folder with"
-            " paths.runs=DIR."
+            f"cannot write {path}: {_CAUSES[error.errno]}; mend that, or choose"
+            " another folder with paths.runs=DIR."
         ) from error
 
 
@@ -66,8 +66,13 @@ def check_writable(root: Path) -> None:
 
     Raises UserError if it cannot be written or has less than `LEAST_FREE` bytes left.
     """
-    with disk(root):
-        root.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk(root):
+            root.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # of /proc, say
+        raise UserError(
+            f"paths.runs={root} cannot be created; choose another folder with paths.runs=DIR."
+        ) from error
     trial = root / f".trial.{os.getpid()}"
     atomic_write(trial, "can this folder be written?\n")
     trial.unlink()

@@ -84,8 +84,13 @@ class Run:
         """Read the manifest; {} if there is none. Raises UserError if it is damaged."""
         try:
             manifest = json.loads(self.manifest_path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
+        except OSError as error:
+            raise UserError(
+                f"{self.manifest_path} cannot be read ({error.strerror}); make it readable, or"
+                " choose another folder with paths.runs=DIR."
+            ) from error
         except ValueError:
             manifest = None
         if not isinstance(manifest, dict) or "status" not in manifest:

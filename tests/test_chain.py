@@ -1,0 +1,184 @@
+"""The real command from words to a figure, on miniature sizes; on real rows where they are there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.cli import main
+from rlhf_cli.errors import UserError
+from rlhf_cli.stages.evaluate import check_start
+from rlhf_cli.store.metrics import read
+from rlhf_cli.store.run import Run
+
+TINY = [
+    "model.scratch.layers=1", "model.scratch.width=32", "model.scratch.heads=2",
+    "model.scratch.vocab=400", "data.embedded.prompts=200", "data.embedded.demos=128",
+    "data.embedded.pairs=64", "data.embedded.heldout=24", "data.max_prompt_tokens=160",
+    "data.max_response_tokens=24", "eval.prompts=12", "eval.points=2", "reward.calibration=16",
+    "algo.update.episodes=64", "algo.update.batch=16", "algo.update.minibatches=2",
+]  # fmt: skip
+
+
+def rlhf(folder: Path, *words: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a folder of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "RLHF_RUNS"):
+        environment.pop(name, None)
+    return subprocess.run(
+        [sys.executable, "-m", "rlhf_cli", *words],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A folder in which two algorithms were trained with two seeds each, by one command."""
+    folder = tmp_path_factory.mktemp("chain")
+    words = ["train", "-m", "algo=p3o_v2,ppo", "seed=1,2", *TINY, "track.mode=offline"]
+    done = rlhf(folder, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_a_sweep_builds_one_sft_and_one_reward_model_and_four_rl_runs(swept):
+    folder, said = swept
+    built = {stage: len(list((folder / "runs" / stage).glob("*"))) for stage in _stages(folder)}
+    assert built == {"sft": 1, "reward": 1, "rl": 4}
+    assert said.count("\nrun: ") == 4
+
+
+def _stages(folder: Path) -> list[str]:
+    return [path.name for path in (folder / "runs").iterdir() if not path.name.startswith(".")]
+
+
+def test_every_run_is_whole_and_its_metrics_are_from_the_vocabulary(swept):
+    folder, _ = swept
+    for path in (folder / "runs").glob("[!.]*/*"):
+        run = Run(path)
+        assert run.status() == "done"
+        assert {"metrics.jsonl", "checkpoints/final/model.safetensors"} <= set(
+            run.manifest()["outputs"]
+        )
+    rows = read(next((folder / "runs" / "rl").glob("p3o*")) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 2, 4, 6, 8]
+    assert [row["episodes"] for row in rows] == [0, 16, 32, 48, 64]
+    assert rows[0]["eval/kl"] == pytest.approx(0, abs=1e-4)  # the contract's own tolerance
+    assert [row["step"] for row in rows if "eval/gold" in row] == [0, 4, 8]
+
+
+def test_the_mirror_leaves_an_offline_run_in_each_run_directory(swept):
+    folder, _ = swept
+    for path in (folder / "runs" / "rl").iterdir():
+        assert list(path.glob("wandb/offline-run-*/run-*.wandb")), path
+
+
+def test_the_same_command_again_trains_nothing(swept):
+    folder, _ = swept
+    before = {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("metrics.jsonl")}
+    done = rlhf(folder, "train", "algo=ppo", "seed=2", *TINY, "track.mode=offline")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1].startswith("run: runs/rl/ppo-")
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("metrics.jsonl")}
+
+
+def test_the_frontier_shows_every_evaluation_and_writes_what_it_plots(swept):
+    folder, _ = swept
+    done = rlhf(folder, "frontier", "--out", "figures/out")
+    assert done.returncode == 0, done.stderr
+    for suffix in ("png", "pdf", "json"):
+        assert (folder / "figures" / f"out.{suffix}").stat().st_size > 100
+    with (folder / "figures" / "out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["algo"] for row in rows} == {"p3o_v2", "ppo"}
+    plotted = next(r for r in rows if r["algo"] == "ppo" and r["seed"] == "2" and r["step"] == "8")
+    run = next((folder / "runs" / "rl").glob("ppo*-s2-*"))
+    last = read(run / "metrics.jsonl")[-1]
+    assert float(plotted["kl"]) == last["eval/kl"]
+    assert float(plotted["gold"]) == last["eval/gold"]
+
+
+def test_runs_and_show_speak_json(swept):
+    folder, _ = swept
+    listed = json.loads(rlhf(folder, "runs", "--json").stdout)
+    assert len(listed) == 6
+    key = next((folder / "runs" / "rl").glob("ppo*-s1-*")).name.rsplit("-", 1)[1]
+    assert json.loads(rlhf(folder, "show", key, "--json").stdout)["manifest"]["key"] == key
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """Weights and metrics after a stop at step 5 of 8 equal those of a run without a stop."""
+    from rlhf_cli.stages.context import Context
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["train", "algo=ppo", *TINY, "track=off"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    main([*words, f"paths.runs={whole}"])
+    report = Context.report
+
+    def fails_once(self, step, row, note=""):
+        if self.recipe.stage == "rl" and step >= 6 and self.segment == 1:
+            raise UserError("stopped on purpose")
+        report(self, step, row, note)
+
+    monkeypatch.setattr(Context, "report", fails_once)
+    with pytest.raises(SystemExit):
+        main([*words, f"paths.runs={stopped}"])
+    (run,) = (Run(path) for path in (stopped / "rl").iterdir())
+    assert run.status() == "failed"
+    main([*words, f"paths.runs={stopped}"])
+    (twin,) = (Run(path) for path in (whole / "rl").iterdir())
+    assert run.key == twin.key
+    assert run.manifest()["segment"] == 2
+    weights = "checkpoints/final/model.safetensors"
+    assert run.manifest()["outputs"][weights] == twin.manifest()["outputs"][weights]
+    ours, theirs = read(run.metrics_path), read(twin.metrics_path)
+    assert [row["step"] for row in ours] == [0, 2, 4, 6, 8]
+    timed = ("perf/", "wall", "segment")
+    for one, other in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in one.items() if not k.startswith(timed)} == {
+            k: v for k, v in other.items() if not k.startswith(timed)
+        }
+
+
+def test_rl_refuses_to_start_at_a_distance_from_its_reference():
+    check_start({"eval/kl": 5e-5, "eval/kl_k3": 0.0})
+    with pytest.raises(UserError, match=r"2\.00e-04 nats.*dropout"):
+        check_start({"eval/kl": 2e-4, "eval/kl_k3": 0.0})
+
+
+def test_two_launched_processes_learn_what_one_learns(tmp_path):
+    """SFT through DeepSpeed's launcher with ZeRO 2 on two processes equals the inline run."""
+    words = ["train", "stage=sft", *TINY, "track=off", "sft.epochs=1"]
+    inline = rlhf(tmp_path, *words, "paths.runs=one")
+    launched = rlhf(tmp_path, *words, "paths.runs=two", "launch=deepspeed", "launch.processes=2")
+    assert inline.returncode == launched.returncode == 0, launched.stdout + launched.stderr
+    (one,) = (tmp_path / "one" / "sft").iterdir()
+    (two,) = (tmp_path / "two" / "sft").iterdir()
+    assert one.name == two.name
+    ours = [row["train/loss"] for row in read(one / "metrics.jsonl")]
+    theirs = [row["train/loss"] for row in read(two / "metrics.jsonl")]
+    assert len(ours) == 8
+    assert theirs == pytest.approx(ours, rel=1e-5)  # fp32 sums in another order
+
+
+def test_the_chain_runs_on_real_rows_with_a_real_checkpoint(tmp_path, shared_data):
+    words = [
+        "train", "algo=p3o_v2", "data=hh", "data.source=path", f"data.path={shared_data}/hh-rlhf",
+        "model=custom", "model.regime=nano", f"model.name={shared_data}/models/stories260K-hf",
+        "data.max_prompt_tokens=96", "data.max_response_tokens=24", "eval.prompts=12",
+        "eval.points=1", "sft.epochs=0.02", "reward.epochs=0.02", "reward.calibration=16",
+        "algo.update.episodes=32", "algo.update.batch=16", "algo.update.minibatches=2", "track=off",
+    ]  # fmt: skip
+    done = rlhf(tmp_path, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "runs" / "rl").iterdir()
+    assert "gold" not in (path / "metrics.jsonl").read_text()
+    drops = Run(next((tmp_path / "runs" / "sft").iterdir())).manifest()["data"]["drops"]
+    assert sum(drops.values()) >= 15
