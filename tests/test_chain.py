@@ -112,6 +112,13 @@ def test_runs_and_show_speak_json(swept):
     assert json.loads(rlhf(folder, "show", key, "--json").stdout)["manifest"]["key"] == key
 
 
+def exit_code(*words: str) -> int:
+    """Runs the command in this process."""
+    with pytest.raises(SystemExit) as left:
+        main(list(words))
+    return int(left.value.code or 0)
+
+
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     """Weights and metrics after a stop at step 5 of 8 equal those of a run without a stop."""
     from rlhf_cli.stages.context import Context
@@ -119,7 +126,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypa
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = ["train", "algo=ppo", *TINY, "track=off"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    main([*words, f"paths.runs={whole}"])
+    assert exit_code(*words, f"paths.runs={whole}") == 0
     report = Context.report
 
     def fails_once(self, step, row, note=""):
@@ -128,11 +135,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypa
         report(self, step, row, note)
 
     monkeypatch.setattr(Context, "report", fails_once)
-    with pytest.raises(SystemExit):
-        main([*words, f"paths.runs={stopped}"])
+    assert exit_code(*words, f"paths.runs={stopped}") == 2
     (run,) = (Run(path) for path in (stopped / "rl").iterdir())
     assert run.status() == "failed"
-    main([*words, f"paths.runs={stopped}"])
+    assert exit_code(*words, f"paths.runs={stopped}") == 0
     (twin,) = (Run(path) for path in (whole / "rl").iterdir())
     assert run.key == twin.key
     assert run.manifest()["segment"] == 2
