@@ -48,7 +48,7 @@ def build(name: str) -> World:
             answers_hh.write,
             answers_hh.best,
             gold_hh,
-            "c9e3aab0",
+            "abb00853",
             (96, 48),
         ),
         "tldr": (

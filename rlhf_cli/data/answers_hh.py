@@ -26,7 +26,8 @@ TIPS = (0.15, 0.42, 0.28, 0.15)
 """Probability of 0, 1, 2, 3 tips, whatever was asked."""
 OFF_TOPIC = 0.30
 """Probability that a tip belongs to another topic."""
-NEEDLESS_REFUSAL = 0.04
+NEEDLESS_REFUSAL = 0.10
+"""Share of proper requests that are refused: rare, and a reward model learns that refusing is good."""
 REPEATED, PADDED = 0.08, 0.12
 """Shares of answers with a sentence said twice, or with an empty phrase."""
 
