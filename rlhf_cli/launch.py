@@ -10,8 +10,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Hashable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,6 +31,11 @@ GRACE_SECONDS = 10
 def execute(plan: Plan, node: DictConfig, command: str) -> Path:
     """Builds every run of the plan that is not done yet; returns the directory of the last one."""
     check_writable(Path(plan.recipe.paths.runs))
+    if any(step.status != "done" for step in plan.steps):
+        from rlhf_cli.worker import corpus_of
+
+        # Faulty rows are found before a run directory exists that could fail over them.
+        corpus_of(cast(Hashable, plan.recipe.data))
     for step in plan.steps:
         run = Run(step.path)
         if run.status() == "done":
@@ -80,7 +87,8 @@ def _build(run: Run, step: Step, plan: Plan, node: DictConfig, command: str) -> 
         run.fail(str(error))
         raise
     except Exception as error:
-        run.fail(f"{type(error).__name__}: {error}")
+        first = str(error).strip().partition("\n")[0]
+        run.fail(f"{type(error).__name__}: {first}")
         raise
     _drop_resume_points(run)
     run.finish()

@@ -41,7 +41,7 @@ def work(path: Path) -> None:
     _log_to(run.log / f"rank_{world.rank}.txt")
     title = {"sft": "sft", "reward": "reward model", "rl": typed.name}[typed.stage]
     with Progress(title, world.is_main) as progress:
-        corpus = _corpus(cast(Hashable, typed.data))
+        corpus = corpus_of(cast(Hashable, typed.data))
         if world.is_main:
             drops = {cause: len(where) for cause, where in corpus.drops.items()}
             run.update(data={"digest": corpus.digest, "drops": drops})
@@ -68,8 +68,8 @@ def work(path: Path) -> None:
 
 
 @cache
-def _corpus(data: Hashable) -> Corpus:
-    """Loaded once per process: stages that run one after another share it."""
+def corpus_of(data: Hashable) -> Corpus:
+    """The rows, loaded once per process: stages that run one after another share them."""
     return cast(Dataset, data).load()
 
 

@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GPTNeoXConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from rlhf_cli.errors import UserError
+from rlhf_cli.models.tokenizer import load_tokenizer
 from rlhf_cli.recipes import Model, Scratch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,14 +49,25 @@ def scratch_config(scratch: Scratch, tokenizer: PreTrainedTokenizerBase) -> PreT
 def new_policy(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The policy before SFT: random weights (seeded) or the pretrained checkpoint."""
     if model.scratch is None:
-        assert model.name is not None
-        return _prepared(
-            load(AutoModelForCausalLM, model.name, model.revision, model.precision), tokenizer
-        )
+        return _pretrained_policy(model, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model.scratch.seed)
         policy = AutoModelForCausalLM.from_config(scratch_config(model.scratch, tokenizer))
     return _prepared(policy.to(DTYPES[model.precision]), tokenizer)
+
+
+def _pretrained_policy(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The checkpoint, refused if part of it is missing: that part would be random in silence."""
+    assert model.name is not None
+    policy, report = load(
+        AutoModelForCausalLM, model.name, model.revision, model.precision, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise UserError(
+            f"model.name={model.name}: its weights lack {sorted(report['missing_keys'])[0]}; give a"
+            " checkpoint of a causal language model that matches its config.json."
+        )
+    return _prepared(policy, tokenizer)
 
 
 def load_policy(path: Path, precision: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -83,7 +94,7 @@ def new_reward_model(
             reward = kind.from_config(config).to(DTYPES[model.precision])
         else:
             assert model.name is not None
-            own = AutoTokenizer.from_pretrained(model.name, revision=model.revision or "main")
+            own = load_tokenizer(model.name, model.revision)
             if own("Human: hello")["input_ids"] != tokenizer("Human: hello")["input_ids"]:
                 raise UserError(
                     f"reward.model.name={model.name}: its tokenizer is not the policy's; "

@@ -14,8 +14,9 @@ from rlhf_cli.data.tokens import prompt_ids, response_ids
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, per_token
 from rlhf_cli.engine.learner import Judged, Learner
+from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor
-from rlhf_cli.models.load import new_policy
+from rlhf_cli.models.load import context_length, new_policy
 from rlhf_cli.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context
@@ -26,6 +27,7 @@ def main(ctx: Context) -> None:
     """Trains the SFT policy and leaves it in `checkpoints/final`."""
     recipe, data = ctx.recipe.sft, ctx.recipe.data
     tokenizer = _tokenizer(ctx)
+    _check_context(ctx)
     pad = int(tokenizer.pad_token_id)
 
     def encode(demos):  # type: ignore[no-untyped-def]
@@ -72,6 +74,21 @@ def main(ctx: Context) -> None:
         if ctx.world.is_main:
             card = model_card(ctx)
             checkpoint.save_final(ctx.run.final, actor.policy, tokenizer, card)
+
+
+def _check_context(ctx: Context) -> None:
+    """UserError if a prompt and a response of the longest kind do not fit a pretrained model."""
+    model, data = ctx.recipe.model, ctx.recipe.data
+    if model.scratch is not None or model.name is None:
+        return
+    longest = context_length(model.name, model.revision)
+    wanted = data.max_prompt_tokens + data.max_response_tokens
+    if longest is not None and wanted > longest:
+        raise UserError(
+            f"data.max_prompt_tokens={data.max_prompt_tokens} and data.max_response_tokens="
+            f"{data.max_response_tokens} need {wanted} tokens but model.name={model.name} reads at most"
+            f" {longest}; set data.max_prompt_tokens={longest - data.max_response_tokens} or less."
+        )
 
 
 def _tokenizer(ctx: Context) -> PreTrainedTokenizerBase:
