@@ -73,6 +73,15 @@ def test_every_run_is_whole_and_its_metrics_are_from_the_vocabulary(swept):
     assert [row["step"] for row in rows if "eval/gold" in row] == [0, 4, 8]
 
 
+def test_the_untrained_policy_is_measured_alike_whatever_the_algorithm_and_the_seed(swept):
+    """Step 0 is the SFT policy on pinned prompts with pinned random numbers: one and the same point."""
+    folder, _ = swept
+    runs = list((folder / "runs" / "rl").iterdir())
+    assert len(runs) == 4
+    assert len({(run / "samples" / "000000.jsonl").read_text() for run in runs}) == 1
+    assert len({(run / "samples" / "000008.jsonl").read_text() for run in runs}) == 4
+
+
 def test_the_mirror_leaves_an_offline_run_in_each_run_directory(swept):
     folder, _ = swept
     for path in (folder / "runs" / "rl").iterdir():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def main(ctx: Context) -> None:
     rollouts = max(1, update.episodes // update.batch)
     per_rollout = update.epochs * update.minibatches
     collector, learner = _models(ctx, rollouts * per_rollout)
-    evaluator = Evaluator(ctx, collector)
+    evaluator = Evaluator(ctx, replace(collector, seed=ctx.recipe.eval.seed))
     prompts = ctx.corpus.train.prompts
     points = min(ctx.recipe.eval.points, rollouts)
     due = {round(rollouts * (i + 1) / points) for i in range(points)}
