@@ -26,7 +26,7 @@ from rlhf_cli.store import pretrained
 from rlhf_cli.store.key import key
 from rlhf_cli.store.run import Run, Status
 
-ENGINE_REVISION = 1
+ENGINE_REVISION = 2
 """Raised by hand whenever the engine or a stage changes the numbers of a run."""
 
 Stage = Literal["sft", "reward", "rl"]
