@@ -7,7 +7,6 @@ its parser. This module imports nothing of the project, so every room may use it
 
 from __future__ import annotations
 
-from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -170,4 +169,5 @@ class Track:
 class Paths:
     """Where runs are kept."""
 
-    runs: str = field()
+    runs: str
+    """Folder of the run directories, relative to the working directory."""

@@ -11,7 +11,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,9 +99,3 @@ def drop_resume_points(folder: Path) -> None:
     """Removes what only a resume would need, once the run is done."""
     for old in whole(folder):
         shutil.rmtree(old)
-
-
-def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    """Whether two modules hold equal weights, name by name."""
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k].cpu(), b[k].cpu()) for k in a)

@@ -88,16 +88,6 @@ class Context:
         return {name: tensor.to(self.world.device) for name, tensor in state.items()}
 
 
-def divided(key: str, count: int, world: World) -> int:
-    """count / processes; UserError if it does not come out even."""
-    if count % world.size:
-        raise UserError(
-            f"{key}={count} cannot be shared evenly by launch.processes={world.size}; "
-            "choose a multiple"
-        )
-    return count // world.size
-
-
 def check_finite(metrics: Mapping[str, float], step: int) -> None:
     """Stops a run whose loss or gradient is no longer a number."""
     for name in ("loss", "grad_norm"):

@@ -28,7 +28,7 @@ from rlhf_cli.models.heads import Actor, Scorer
 from rlhf_cli.models.load import load_policy, load_reward_model
 from rlhf_cli.models.tokenizer import load_tokenizer
 from rlhf_cli.stages.card import model_card
-from rlhf_cli.stages.context import Context, check_finite, divided
+from rlhf_cli.stages.context import Context, check_finite
 from rlhf_cli.stages.evaluate import Evaluator, check_start
 
 
@@ -37,7 +37,6 @@ def main(ctx: Context) -> None:
     algo, update = ctx.recipe.algo, ctx.recipe.algo.update
     sampling = algo.sampling()
     prompts_each = update.batch // sampling.responses
-    divided("prompts per minibatch", prompts_each // update.minibatches, ctx.world)
     rollouts = max(1, update.episodes // update.batch)
     per_rollout = update.epochs * update.minibatches
     collector, learner = _models(ctx, rollouts * per_rollout)

@@ -12,7 +12,7 @@ from rlhf_cli.engine.forward import Rows, in_parts
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import batch_at
 from rlhf_cli.errors import UserError
-from rlhf_cli.stages.context import Context, check_finite, divided
+from rlhf_cli.stages.context import Context, check_finite
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """tokens [N,L], attention [N,L], mask [N,L-1]."""
@@ -54,7 +54,6 @@ def fit(
     collate turns row numbers into a batch of `group` sequences each; count turns the whole batch's
     mask into denominators; evaluate is told whether it is the last time.
     """
-    divided(f"{ctx.recipe.stage}.batch", batch, ctx.world)
     ctx.resume(learner)
     ctx.progress.start(learner.steps, learner.step_index)
     points = min(ctx.recipe.eval.points, learner.steps)
