@@ -92,7 +92,7 @@ def open_mirror(
             job_type=job_type,
             tags=list(tags),
             config=config,
-            dir=str(run_path),
+            dir=str(run_path.resolve()),  # a W&B service may run elsewhere already
             mode=_mode(track),
             settings=wandb.Settings(
                 silent=True,

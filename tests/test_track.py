@@ -86,6 +86,20 @@ def values(items: Any) -> dict[str, Any]:
     return {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
 
 
+def test_a_relative_run_directory_is_ours_even_if_the_service_started_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A W&B service outlives the run that started it, and resolves paths where it was started."""
+    opened(OFFLINE, tmp_path / "first").finish(0)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    mirror = opened(OFFLINE, Path("second"))
+    mirror.log({"step": 0, "episodes": 0})
+    mirror.finish(0)
+    assert finished(elsewhere / "second")
+
+
 def test_an_offline_run_holds_config_history_chart_samples_and_summary(tmp_path: Path) -> None:
     mirror = opened(OFFLINE, tmp_path)
     mirror.log({"step": 0, "episodes": 0, "eval/kl": 0.0, "eval/reward": 0.5})
