@@ -7,7 +7,7 @@ its parser. This module imports nothing of the project, so every room may use it
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -57,6 +57,18 @@ class Update:
     """Passes over each rollout."""
     minibatches: Count
     """Optimiser steps per pass."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Guide:
+    """A second policy that an algorithm is guided by: an RL run of its own, trained first."""
+
+    name: str
+    """The word in the name of its run."""
+    seed: int
+    """Its own, so that a sweep over `seed` trains one guide."""
+    algo: dict[str, Any]
+    """How it is trained: a whole choice of the group `algo`, with `_target_`."""
 
 
 @dataclass(frozen=True, config=STRICT)

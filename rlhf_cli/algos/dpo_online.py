@@ -22,14 +22,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch.nn.functional import logsigmoid
 
-from rlhf_cli.core.algorithm import Model, Sampling, State, Targets, Terms
+from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.pairs import pairs
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.recipes import STRICT, Optim, Positive, Update
 
 
 @dataclass(frozen=True, config=STRICT)
-class OnlineDPO:
+class OnlineDPO(Defaults):
     """DPO on the policy's own samples, labelled by the reward model."""
 
     beta: Positive

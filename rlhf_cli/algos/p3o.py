@@ -30,17 +30,15 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from rlhf_cli.core.algorithm import Model, Sampling, State, Targets, Terms
+from rlhf_cli.core.algorithm import Defaults, Model, Sampling, Targets, Terms
+from rlhf_cli.core.kl import LOG_RATIO_LIMIT
 from rlhf_cli.core.pairs import pairs
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Update
 
-LOG_RATIO_LIMIT = 20.0
-"""Nats beyond which a sequence log-ratio is cut before exp, so that no inf is formed."""
-
 
 @dataclass(frozen=True, config=STRICT)
-class P3O:
+class P3O(Defaults):
     """P3O-V1 (`clipping: separate`) and P3O-V2 (`clipping: joint`)."""
 
     clipping: Literal["separate", "joint"]
@@ -65,10 +63,6 @@ class P3O:
     def sampling(self) -> Sampling:
         """`responses` independent draws of the policy per prompt."""
         return Sampling(policy=self.responses)
-
-    def prepare(self, rollout: Rollout, state: State) -> tuple[Targets, State]:
-        """Nothing to prepare: the pair is its own baseline."""
-        return Targets(), state
 
     def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"policy": [P]}, the mean over the pairs of each prompt."""

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from pydantic.dataclasses import dataclass
 
-from rlhf_cli.core.algorithm import Model, Sampling, State, Targets, Terms
+from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.masked import whiten
 from rlhf_cli.core.returns import at_last_token, gae
 from rlhf_cli.core.rollout import Forward, Rollout
@@ -29,7 +29,7 @@ from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Share, Update
 
 
 @dataclass(frozen=True, config=STRICT)
-class PPO:
+class PPO(Defaults):
     """Clipped surrogate with a learned critic and a token-level KL penalty in the reward."""
 
     beta: NonNegative

@@ -29,3 +29,8 @@ def at_last_token(score: Tensor, mask: Tensor) -> Tensor:
     """[P,G] -> [P,G,T]: the score on the last response token, 0 elsewhere (and on empty responses)."""
     past = torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
     return (mask - past) * score.unsqueeze(-1)
+
+
+def to_go(reward: Tensor, mask: Tensor) -> Tensor:
+    """[..., T] -> [..., T]: the reward of each token and of all that follow; 0 where mask is 0."""
+    return (reward * mask).flip(-1).cumsum(-1).flip(-1) * mask

@@ -11,7 +11,14 @@ from typing import Literal
 
 from torch import Tensor
 
-Source = Literal["policy", "ref", "greedy", "dataset", "demo"]
+Source = Literal["policy", "ref", "greedy", "mixture", "dataset", "mismatch", "demo"]
+"""policy, ref: drawn from it; greedy: the policy's most likely tokens; mixture: drawn from a geometric
+mixture of policy and reference; dataset: a preference pair's two responses, the preferred one first;
+mismatch: the preferred response to another prompt; demo: a demonstration."""
+
+
+PER_TOKEN = ("mask", "logp_old", "logp_ref", "logp_guide", "value_old", "reward")
+"""Fields of a rollout that end in the axis T."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,14 @@ class Rollout:
     """[P,G] uniform draws in [0,1) for algorithms that toss coins: they stay pure and process-blind."""
     source: tuple[Source, ...]
     """[G] where each response came from."""
+    logp_guide: Tensor | None = None
+    """[P,G,T] log pi_guide, a second frozen policy."""
+    reward: Tensor | None = None
+    """[P,G,T] what a task pays after each token; None where the score of the whole is all there is."""
+
+    def where(self, *sources: Source) -> list[int]:
+        """The places along G of responses that came from any of `sources`."""
+        return [g for g, source in enumerate(self.source) if source in sources]
 
     def take(self, prompts: Tensor) -> Rollout:
         """The same rollout for some prompts only (index along P); groups are never split."""
@@ -53,7 +68,7 @@ class Rollout:
         """The same rollout without the response columns past `length`; they must be padding."""
         cut = {
             name: value[..., :length]
-            for name in ("mask", "logp_old", "logp_ref", "value_old")
+            for name in PER_TOKEN
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **cut)
@@ -65,8 +80,18 @@ class Forward:
 
     logp: Tensor
     """[P,G,T] log pi."""
-    value: Tensor | None
+    value: Tensor | None = None
     """[P,G,T] V of the state before each token."""
+    entropy: Tensor | None = None
+    """[P,G,T] of the distribution each token was drawn from, nats."""
+    score: Tensor | None = None
+    """[P,G] r(x, y) of a reward model that learns during the run."""
+    logps: Tensor | None = None
+    """[P,G,T,V] log pi of every token there is, in each state."""
+    logps_ref: Tensor | None = None
+    """[P,G,T,V] log pi_ref likewise, without gradient."""
+    q: Tensor | None = None
+    """[P,G,T,V] Q(s, a)."""
 
 
 def sequence_sum(per_token: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from rlhf_cli.core.algorithm import Algorithm, Sampling, Terms
 from rlhf_cli.core.masked import averages, denominators
-from rlhf_cli.core.rollout import Forward, Rollout
+from rlhf_cli.core.rollout import PER_TOKEN, Forward, Rollout
 from tests.algos.toys import leaf
 
 
@@ -25,22 +25,20 @@ class Case:
 
     def take(self, prompts: Tensor) -> Case:
         """Some prompts only, with leaves of their own."""
-        assert self.now.value is not None
-        return Case(
-            self.rollout.take(prompts),
-            Forward(leaf(self.now.logp[prompts]), leaf(self.now.value[prompts])),
-        )
+        return Case(self.rollout.take(prompts), self.said(lambda x: x[prompts]))
+
+    def said(self, change: Callable[[Tensor], Tensor]) -> Forward:
+        """The forward with every tensor changed alike, as leaves."""
+        return Forward(**{word: leaf(change(x)) for word, x in leaves(self.now).items()})
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Case:
         """Every tensor changed alike."""
-        assert self.now.value is not None
         changed: dict[str, Any] = {
             f.name: change(x)
             for f in fields(self.rollout)
             if isinstance(x := getattr(self.rollout, f.name), Tensor)
         }
-        now = Forward(leaf(change(self.now.logp)), leaf(change(self.now.value)))
-        return Case(replace(self.rollout, **changed), now)
+        return Case(replace(self.rollout, **changed), self.said(change))
 
     def with_rollout(self, **changes: object) -> Case:
         """The same forward, another rollout."""
@@ -52,28 +50,35 @@ class Case:
         def wider(x: Tensor) -> Tensor:
             return torch.cat([x.detach(), fill(pad(x.detach(), (0, 3))[..., -3:])], -1)
 
-        old = self.rollout
-        assert old.logp_ref is not None and old.value_old is not None
-        assert self.now.value is not None
         rollout = replace(
-            old,
-            mask=pad(old.mask, (0, 3)),
-            logp_old=wider(old.logp_old),
-            logp_ref=wider(old.logp_ref),
-            value_old=wider(old.value_old),
+            self.rollout,
+            mask=pad(self.rollout.mask, (0, 3)),
+            **{
+                name: wider(value)
+                for name in PER_TOKEN[1:]
+                if (value := getattr(self.rollout, name)) is not None
+            },
         )
-        return Case(rollout, Forward(leaf(wider(self.now.logp)), leaf(wider(self.now.value))))
+        return Case(rollout, self.said(lambda x: wider(x) if x.dim() == 3 else x))
 
 
 def case(
-    seed: int, prompts: int = 4, responses: int = 2, tokens: int = 5, spread: float = 0.15
+    seed: int,
+    prompts: int = 4,
+    responses: int = 2,
+    tokens: int = 5,
+    spread: float = 0.15,
+    sampling: Sampling | None = None,
 ) -> Case:
     """Random numbers in the shape of a rollout; responses of 1 to `tokens` tokens.
 
     `spread` is the standard deviation, in nats per token, of log pi - log pi_old. Values are not 0
-    on padding, as a critic's are not.
+    on padding, as a critic's are not. `sampling`: where the responses came from; `responses` draws of
+    the policy unless given.
     """
+    sources = (sampling or Sampling(policy=responses)).sources
     random = torch.Generator().manual_seed(seed)
+    responses = len(sources)
     shape = (prompts, responses, tokens)
 
     def normal(*size: int) -> Tensor:
@@ -84,41 +89,65 @@ def case(
     mask = (torch.arange(tokens) < length).to(torch.float64)
     old = -normal(*shape).exp() * mask
     value = normal(*shape)
+    ref = old + 0.2 * normal(*shape) * mask
     rollout = Rollout(
         tokens=torch.zeros(prompts, responses, 0),
         attention=torch.zeros(prompts, responses, 0),
         mask=mask,
         logp_old=old,
-        logp_ref=old + 0.2 * normal(*shape) * mask,
+        logp_ref=ref,
         score=normal(prompts, responses),
         value_old=value,
         coin=torch.rand(prompts, responses, generator=random, dtype=torch.float64),
-        source=Sampling(policy=responses).sources,
+        source=sources,
     )
     logp = old + spread * normal(*shape) * mask
-    return Case(rollout, Forward(leaf(logp), leaf(value + 2 * spread * normal(*shape))))
+    now = Forward(leaf(logp), leaf(value + 2 * spread * normal(*shape)))
+    # Drawn last, so that the numbers above are the same with and without them.
+    rollout = replace(rollout, logp_guide=ref + 0.3 * normal(*shape) * mask)
+    entropy, score = normal(*shape).exp(), normal(prompts, responses)
+    return Case(rollout, replace(now, entropy=leaf(entropy), score=leaf(score)))
+
+
+def leaves(now: Forward) -> dict[str, Tensor]:
+    """What the current weights say, by name."""
+    return {f.name: x for f in fields(now) if (x := getattr(now, f.name)) is not None}
 
 
 def twins(seed: int) -> Case:
-    """A case whose first prompt got the same response twice."""
+    """Two draws of the policy per prompt; the first prompt got the same response twice."""
+    return twinned(case(seed))
+
+
+def twinned(one: Case) -> Case:
+    """The case with the first prompt's second response, if there is one, made equal to its first."""
 
     def same(x: Tensor) -> Tensor:
         x = x.detach().clone()
-        x[0, 1] = x[0, 0]
+        x[0, 1:2] = x[0, 0]
         return x
 
-    return case(seed).mapped(same)
+    return one.mapped(same)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """All an algorithm says about a case."""
+    """All an algorithm says about a case; the gradients by name of the leaf."""
 
     terms: Terms
     watch: Terms
     loss: Tensor
-    d_logp: Tensor
-    d_value: Tensor
+    slopes: dict[str, Tensor]
+
+    @property
+    def d_logp(self) -> Tensor:
+        """[P,G,T]."""
+        return self.slopes["logp"]
+
+    @property
+    def d_value(self) -> Tensor:
+        """[P,G,T], 0 without a critic."""
+        return self.slopes.get("value", torch.zeros_like(self.d_logp))
 
 
 def judge(algorithm: Algorithm, one: Case) -> Verdict:
@@ -126,15 +155,21 @@ def judge(algorithm: Algorithm, one: Case) -> Verdict:
     targets, _ = algorithm.prepare(one.rollout, {})
     terms = algorithm.loss(one.now, one.rollout, targets)
     watch = algorithm.watch(one.now, one.rollout, targets)
-    mask = one.rollout.mask
+    return verdict(one, terms, watch)
+
+
+def judge_side(algorithm: Algorithm, one: Case) -> Verdict:
+    """The same of the second stream."""
+    return verdict(one, algorithm.side_loss(one.now, one.rollout), {})
+
+
+def verdict(one: Case, terms: Terms, watch: Terms) -> Verdict:
+    """Averages the terms and differentiates them."""
+    mask, known = one.rollout.mask, leaves(one.now)
     loss = torch.stack(list(averages(terms, mask, denominators(mask)).values())).sum()
-    leaves = [one.now.logp] if one.now.value is None else [one.now.logp, one.now.value]
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-    d_logp, d_value = (*grads, None)[:2]
-    return Verdict(
-        terms,
-        watch,
-        loss.detach(),
-        d_logp if d_logp is not None else torch.zeros_like(one.now.logp),
-        d_value if d_value is not None else torch.zeros_like(one.now.logp),
-    )
+    grads = torch.autograd.grad(loss, list(known.values()), allow_unused=True)
+    slopes = {
+        word: torch.zeros_like(x) if grad is None else grad
+        for (word, x), grad in zip(known.items(), grads, strict=True)
+    }
+    return Verdict(terms, watch, loss.detach(), slopes)

@@ -2,54 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.core.masked import averages, denominators
-from tests.algos.cases import Case, case, judge, twins
+from tests.algos.cases import Case, Verdict, case, judge, judge_side, twinned
 from tests.algos.discovery import NAMES, oracle, tuned
-from tests.algos.oracles import Numbers
+from tests.algos.oracles import Answer, Numbers
 from tests.algos.toys import close, tensor
 
 EXACT = 1e-11
 """Relative to the largest entry; sums of a few dozen terms."""
 
-CASES: dict[str, Callable[[int], Case]] = {
-    "near the sampler": lambda seed: case(seed),
-    "far outside the clip": lambda seed: case(seed, spread=1.5),
-    "beyond 20 nats": lambda seed: case(seed, spread=15.0),
-    "single tokens": lambda seed: case(seed, tokens=1),
-    "one prompt": lambda seed: case(seed, prompts=1),
-    "the same response twice": twins,
-    "long and ragged": lambda seed: case(seed, tokens=13),
-    "three responses": lambda seed: case(seed, responses=3),
+CASES: dict[str, dict[str, Any]] = {
+    "near the sampler": {},
+    "far outside the clip": {"spread": 1.5},
+    "beyond 20 nats": {"spread": 15.0},
+    "single tokens": {"tokens": 1},
+    "one prompt": {"prompts": 1},
+    "the same response twice": {},
+    "long and ragged": {"tokens": 13},
 }
 
-VARIANTS: dict[str, list[dict[str, object]]] = {
-    "p3o_v1": [{}, {"kl_at": "rollout", "beta": 0.3, "clip": 0.5, "clamp": 1.5}],
-    "p3o_v2": [{}, {"kl_at": "rollout", "beta": 0.3, "clip": 0.5, "clamp": 1.5}],
-    "ppo": [{}, {"whiten_advantage": False, "gamma": 0.9, "lam": 0.7, "beta": 0.4, "clip": 0.1}],
-    "dpo_online": [{"label": "soft"}, {"label": "argmax"}, {"label": "bernoulli", "beta": 0.7}],
-}
-"""Settings beside the shipped ones; an algorithm without an entry is tested as shipped."""
+
+def built(kind: str, seed: int, sampling: Sampling) -> Case:
+    """The case of a kind, with responses from where the algorithm wants them."""
+    one = case(seed, sampling=sampling, **CASES[kind])
+    return twinned(one) if kind == "the same response twice" else one
 
 
 def numbers(one: Case) -> Numbers:
     """The case as nested lists."""
     rollout, now = one.rollout, one.now
-    assert rollout.logp_ref is not None and rollout.score is not None
-    assert rollout.value_old is not None and now.value is not None
+    words = ("mask", "logp_old", "logp_ref", "logp_guide", "score", "value_old", "coin")
     return Numbers(
-        mask=rollout.mask.tolist(),
-        logp_old=rollout.logp_old.tolist(),
-        logp_ref=rollout.logp_ref.tolist(),
-        score=rollout.score.tolist(),
-        value_old=rollout.value_old.tolist(),
-        coin=rollout.coin.tolist(),
-        logp=now.logp.tolist(),
-        value=now.value.tolist(),
+        **{word: getattr(rollout, word).tolist() for word in words},
+        **{word: getattr(now, word).tolist() for word in ("logp", "value", "entropy")},
+        score_now=now.score.tolist(),  # type: ignore[union-attr]
+        source=rollout.source,
     )
 
 
@@ -59,20 +53,29 @@ def near(got: Tensor, expected: object, tolerance: float = EXACT) -> None:
     close(got, wanted, tolerance * max(1.0, float(wanted.abs().max())))
 
 
+def agree(got: Verdict, expected: Answer, one: Case) -> None:
+    """Loss, slopes and watched numbers are the same."""
+    near(got.loss, expected.loss)
+    near(got.d_logp, expected.d_logp)
+    near(got.d_value, expected.d_value)
+    for word, slope in (("entropy", expected.d_entropy), ("score", expected.d_score)):
+        near(got.slopes[word], torch.zeros_like(got.slopes[word]) if slope is None else slope)
+    watched = averages(got.watch, one.rollout.mask, denominators(one.rollout.mask))
+    assert watched.keys() == expected.watch.keys()
+    for word, value in expected.watch.items():
+        near(watched[word].double(), value, 1e-6)  # counts are float32 in the code
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_oracle_says_the_same_loss_gradient_and_watched_numbers(
     name: str, kind: str, seed: int
 ) -> None:
-    one = CASES[kind](seed)
-    for variant in VARIANTS.get(name, [{}]):
+    for variant in getattr(oracle(name), "VARIANTS", {}).get(name, [{}]):
         algorithm = tuned(name, **variant)
-        got, expected = judge(algorithm, one), oracle(name).judge(algorithm, numbers(one))
-        near(got.loss, expected.loss)
-        near(got.d_logp, expected.d_logp)
-        near(got.d_value, expected.d_value)
-        watched = averages(got.watch, one.rollout.mask, denominators(one.rollout.mask))
-        assert watched.keys() == expected.watch.keys()
-        for word, value in expected.watch.items():
-            near(watched[word].double(), value, 1e-6)  # counts are float32 in the code
+        one = built(kind, seed, algorithm.sampling())
+        agree(judge(algorithm, one), oracle(name).judge(algorithm, numbers(one)), one)
+        if algorithm.side().responses:
+            other = built(kind, seed + 10, algorithm.side())
+            agree(judge_side(algorithm, other), oracle(name).side(algorithm, numbers(other)), other)

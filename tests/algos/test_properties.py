@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_cli.core.algorithm import Model
 from rlhf_cli.core.masked import averages, denominators
 from rlhf_cli.core.rollout import Forward
-from tests.algos.cases import Case, Verdict, case, judge, twins
+from tests.algos.cases import Case, Verdict, case, judge, judge_side, leaves, twinned
 from tests.algos.discovery import FOLDER, NAMES, oracle, shipped
 from tests.algos.toys import tensor
 
@@ -27,9 +27,9 @@ every = pytest.mark.parametrize("name", NAMES)
 
 def cases(name: str) -> list[Case]:
     """Near the sampler, outside the clip, and a duplicated response."""
-    responses = shipped(name).sampling().responses
-    drawn = [case(s, responses=responses, spread=x) for s, x in ((1, 0.05), (2, 0.3), (3, 1.5))]
-    return [*drawn, twins(4)] if responses == 2 else drawn
+    sampling = shipped(name).sampling()
+    drawn = [case(s, sampling=sampling, spread=x) for s, x in ((1, 0.05), (2, 0.3), (3, 1.5))]
+    return [*drawn, twinned(case(4, sampling=sampling))]
 
 
 def scope(one: Case) -> tuple[Tensor, dict[int, float]]:
@@ -40,8 +40,7 @@ def scope(one: Case) -> tuple[Tensor, dict[int, float]]:
 def gap(one: Verdict, other: Verdict) -> float:
     """Largest difference between two gradients."""
     return max(
-        float((one.d_logp - other.d_logp).abs().max()),
-        float((one.d_value - other.d_value).abs().max()),
+        float((slope - other.slopes[word]).abs().max()) for word, slope in one.slopes.items()
     )
 
 
@@ -160,7 +159,7 @@ def test_preparing_and_judging_change_no_input_and_leave_no_gradient_in_the_targ
     name: str,
 ) -> None:
     algorithm = shipped(name)
-    one, twin = case(7), case(7)
+    one, twin = (case(7, sampling=algorithm.sampling()) for _ in range(2))
     judge(algorithm, one)
     for f in fields(one.rollout):
         before, after = getattr(twin.rollout, f.name), getattr(one.rollout, f.name)
@@ -187,44 +186,71 @@ def test_reward_shifted_per_prompt_moves_the_gradient_exactly_if_the_algorithm_s
         assert moved <= EXACT * size if algorithm.shift_invariant else moved > 1e-3
 
 
-SOURCES: dict[Model, dict[str, bool]] = {
-    Model.REF: {"logp_ref": True},
-    Model.REWARD: {"score": True},
-    Model.CRITIC: {"value_old": True, "value": False},
+FILLS = {
+    Model.REF: "logp_ref",
+    Model.REWARD: "score",
+    Model.CRITIC: "value_old",
+    Model.GUIDE: "logp_guide",
 }
-"""Which tensors each model fills: of the rollout (True) or of the forward (False)."""
+"""Which tensor of the rollout each model fills."""
 
 
-def without(one: Case, word: str, in_rollout: bool) -> Case:
-    """The case with one tensor absent."""
-    if in_rollout:
-        return one.with_rollout(**{word: None})
-    return replace(one, now=Forward(one.now.logp, None))
+def said_to(algorithm: Any, one: Case) -> Case:
+    """The case with only what the engine would fill for this algorithm."""
+    absent = {word: None for model, word in FILLS.items() if model not in algorithm.needs}
+    asked = {
+        "logp": True,
+        "value": Model.CRITIC in algorithm.needs,
+        "entropy": algorithm.wants_entropy(),
+        "score": algorithm.trains_reward,
+    }
+    now = Forward(**{word: x for word, x in leaves(one.now).items() if asked[word]})
+    return replace(one.with_rollout(**absent), now=now)
 
 
 @every
-def test_tensors_of_models_it_did_not_ask_for_are_not_read(name: str) -> None:
+def test_tensors_it_did_not_ask_for_are_not_read(name: str) -> None:
     algorithm = shipped(name)
-    one = case(1, responses=algorithm.sampling().responses)
-    bare = one
-    for model in set(Model) - algorithm.needs:
-        for word, in_rollout in SOURCES[model].items():
-            bare = without(bare, word, in_rollout)
-    assert torch.equal(judge(algorithm, bare).d_logp, judge(algorithm, one).d_logp)
+    one = case(1, sampling=algorithm.sampling())
+    bare = judge(algorithm, said_to(algorithm, one))
+    for word, slope in judge(algorithm, one).slopes.items():
+        if word in bare.slopes:
+            assert torch.equal(bare.slopes[word], slope)
+    if algorithm.side().responses:
+        other = case(2, sampling=algorithm.side())
+        full = judge_side(algorithm, other).d_logp
+        assert torch.equal(judge_side(algorithm, said_to(algorithm, other)).d_logp, full)
 
 
 @every
 def test_models_it_asked_for_matter(name: str) -> None:
     algorithm = shipped(name)
-    one = case(1, responses=algorithm.sampling().responses)
-    for model in algorithm.needs:
-        words = [word for word, in_rollout in SOURCES[model].items() if in_rollout]
-        before = judge(algorithm, one)
-        for word in words:
-            value = getattr(one.rollout, word)
-            wave = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).view(value.shape).sin()
-            moved = one.with_rollout(**{word: value + wave})
-            assert gap(before, judge(algorithm, moved)) > 1e-6, f"{model} is asked for in vain"
+    one = case(1, sampling=algorithm.sampling())
+    before = judge(algorithm, one)
+    for model in algorithm.needs & FILLS.keys():
+        value = getattr(one.rollout, FILLS[model])
+        wave = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).view(value.shape).sin()
+        moved = judge(algorithm, one.with_rollout(**{FILLS[model]: value + wave}))
+        assert gap(before, moved) > 1e-6, f"{model} is asked for in vain"
+
+
+# --- the second stream
+
+
+@every
+def test_the_second_stream_is_silent_on_padding_and_named_apart(name: str) -> None:
+    algorithm = shipped(name)
+    if not algorithm.side().responses:
+        assert algorithm.side_loss(case(1).now, case(1).rollout) == {}
+        return
+    one = case(3, sampling=algorithm.side())
+    bare = judge_side(algorithm, one)
+    wide = judge_side(algorithm, one.with_columns(lambda x: x + 3.7))
+    tokens = one.rollout.mask.shape[-1]
+    torch.testing.assert_close(wide.d_logp[..., :tokens], bare.d_logp, atol=EXACT, rtol=EXACT)
+    assert wide.d_logp[..., tokens:].abs().max() == 0
+    main = judge(algorithm, case(3, sampling=algorithm.sampling()))
+    assert not main.terms.keys() & bare.terms.keys()
 
 
 # --- no dead knobs
@@ -233,6 +259,10 @@ READ_BY_THE_ENGINE = {
     "update",  # how many responses, passes and steps: the loop's
     "optim",  # the policy's optimiser
     "critic_lr",  # the critic's
+    "critic_rollouts",  # how long the critic learns alone
+    "reward_lr",  # the reward model's, where it learns
+    "replay",  # how many rollouts are kept
+    "guide",  # what trains the second policy
 }
 
 
@@ -242,23 +272,39 @@ def other_values(hint: Any, value: Any) -> Iterator[Any]:
         yield from (word for word in get_args(hint) if word != value)
     elif isinstance(value, bool):
         yield not value
+    elif value is None:
+        yield from (0.1, 0.5, 2)
     elif isinstance(value, int):
         yield value + 1
     else:
-        yield from (value / 2, value * 1.5, value / 8, 0.5)
+        yield from (value / 2, value * 1.5, value / 8, 0.5, value + 1)
 
 
 def everything_said(algorithm: Any, one: Case) -> list[Tensor]:
-    """All outputs on a case, gradients included."""
+    """All outputs on a case, gradients included; of two rollouts, the second knowing the first."""
+    _, state = algorithm.prepare(one.rollout, {})
+    targets, _ = algorithm.prepare(one.rollout, state)
+    later = algorithm.loss(one.now, one.rollout, targets)
     verdict = judge(algorithm, one)
-    return [*verdict.terms.values(), *verdict.watch.values(), verdict.d_logp, verdict.d_value]
+    said = [*verdict.terms.values(), *verdict.watch.values(), *later.values()]
+    said += verdict.slopes.values()
+    if algorithm.side().responses:
+        said += algorithm.side_loss(*_side(algorithm)).values()
+    return said
+
+
+def _side(algorithm: Any) -> tuple[Forward, Any]:
+    one = case(5, sampling=algorithm.side())
+    return one.now, one.rollout
 
 
 def differs(algorithm: Any, other: Any, one: Case) -> bool:
     """Whether two settings can be told apart by anything they say."""
-    if algorithm.sampling() != other.sampling():
+    if (algorithm.sampling(), algorithm.side()) != (other.sampling(), other.side()):
         return True
     before, after = everything_said(algorithm, one), everything_said(other, one)
+    if len(before) != len(after):
+        return True
     return any(
         not torch.allclose(a, b, atol=1e-9, rtol=1e-9) for a, b in zip(before, after, strict=True)
     )
@@ -266,9 +312,10 @@ def differs(algorithm: Any, other: Any, one: Case) -> bool:
 
 @every
 def test_no_hyperparameter_is_dead(name: str) -> None:
-    algorithm = shipped(name)
-    hints = get_type_hints(type(algorithm))
-    for word in {f.name for f in fields(algorithm)} - READ_BY_THE_ENGINE:
+    under = getattr(oracle(name), "ALIVE_UNDER", {})
+    hints = get_type_hints(type(shipped(name)))
+    for word in {f.name for f in fields(shipped(name))} - READ_BY_THE_ENGINE:
+        algorithm = replace(shipped(name), **under.get(word, {}))
         alive = False
         for value in other_values(hints[word], getattr(algorithm, word)):
             try:

@@ -45,6 +45,10 @@ class World:
     score: Tensor
     """[N] r(y)."""
     beta: float
+    guide: Tensor | None = None
+    """[S,V] the guide policy's logits; the reference's if None."""
+    demos: Tensor | None = None
+    """[N] how often each response is demonstrated; as the optimum would answer if None."""
 
     def logp(self, theta: Tensor) -> Tensor:
         """[N,T] log-probability of each token."""
@@ -85,9 +89,13 @@ class World:
         axes = torch.arange(len(self.score)).repeat(responses, 1)
         return torch.cartesian_prod(*axes).view(-1, responses)
 
-    def rollout(self, old: Tensor, draws: Tensor) -> Rollout:
-        """The rollout in which the policy `old` happened to answer with `draws`."""
+    def rollout(self, old: Tensor, draws: Tensor, sampling: Sampling | None = None) -> Rollout:
+        """The rollout in which the responses to a prompt happened to be `draws`, old being the policy.
+
+        sampling: where they came from; from the policy unless given.
+        """
         shape = (*draws.shape, self.state.shape[1])
+        guide = self.ref if self.guide is None else self.guide
         return Rollout(
             tokens=torch.zeros(*draws.shape, 0),
             attention=torch.zeros(*draws.shape, 0),
@@ -97,12 +105,43 @@ class World:
             score=self.score[draws],
             value_old=self.values(old)[draws],
             coin=torch.zeros(draws.shape, dtype=torch.float64),
-            source=Sampling(policy=draws.shape[1]).sources,
+            source=(sampling or Sampling(policy=draws.shape[1])).sources,
+            logp_guide=self.logp(guide)[draws],
         )
 
-    def chances(self, old: Tensor, draws: Tensor) -> Tensor:
-        """[P] probability that `old` answers with each row of `draws`."""
-        return self.probability(old)[draws].prod(-1)
+    def now(self, theta: Tensor, rollout: Rollout, draws: Tensor) -> Forward:
+        """What the policy theta says of a rollout; the critic and the reward model say nothing new."""
+        logs = theta.log_softmax(-1)
+        entropy = -(logs.exp() * logs).sum(-1)[self.state][draws]
+        return Forward(self.logp(theta)[draws], rollout.value_old, entropy, rollout.score)
+
+    def chances(self, old: Tensor, draws: Tensor, sampling: Sampling | None = None) -> Tensor:
+        """[P] probability of each row of `draws`, each response from its own source.
+
+        Preference pairs come from two draws of the reference, put in order by a Bradley-Terry coin.
+        """
+        sampling = sampling or Sampling(policy=draws.shape[1])
+        now, ref = (self.probability(logits) for logits in (old, self.ref))
+        weight = sampling.mixture_ref
+        mixed = (1 - weight) * old.log_softmax(-1) + weight * self.ref.log_softmax(-1)
+        laws = {
+            "policy": now,
+            "ref": ref,
+            "greedy": (self.probability(1e4 * old.log_softmax(-1)) > 0.5).double(),
+            "mixture": self.probability(mixed),
+            "mismatch": ref,
+            "demo": self.optimum() if self.demos is None else self.demos,
+        }
+        total = torch.ones(len(draws), dtype=torch.float64)
+        for place, source in enumerate(sampling.sources):
+            if source != "dataset":
+                total = total * laws[source][draws[:, place]]
+        if sampling.dataset:
+            first = sampling.sources.index("dataset")
+            chosen, rejected = draws[:, first], draws[:, first + 1]
+            gap = self.score[chosen] - self.score[rejected]
+            total = total * 2 * ref[chosen] * ref[rejected] * gap.sigmoid()
+        return total
 
 
 def bandit(score: Sequence[float], beta: float) -> World:
@@ -137,14 +176,14 @@ def enumerated(
 
     critic: [N,T] what it says; the exact values under `old` unless given.
     """
-    draws = world.draws(algorithm.sampling().responses)
-    rollout = world.rollout(old, draws)
+    sampling = algorithm.sampling()
+    draws = world.draws(sampling.responses)
+    rollout = world.rollout(old, draws, sampling)
     if critic is not None:
         rollout = replace(rollout, value_old=critic[draws])
-    now = Forward(logp=world.logp(theta)[draws], value=rollout.value_old)
     targets, _ = algorithm.prepare(rollout, {})
-    terms = algorithm.loss(now, rollout, targets).values()
-    chances = world.chances(old, draws)
+    terms = algorithm.loss(world.now(theta, rollout, draws), rollout, targets).values()
+    chances = world.chances(old, draws, sampling)
     return sum((chances * per_prompt(term)).sum() for term in terms)  # type: ignore[return-value]
 
 

@@ -1,7 +1,16 @@
 """Each algorithm again, one response and one token at a time: plain Python numbers, no tensors.
 
-An oracle is the module of its algorithm's module name with one function `judge`, and derives its
-gradients by hand. It shares no line with the code under test, not even the mean.
+An oracle is the module of its algorithm's module name and derives its gradients by hand. It shares no
+line with the code under test, not even the mean. It has
+
+    judge(algorithm, one)   what `prepare`, `loss` and `watch` come to
+    side(algorithm, one)    the same of `side_loss`, where there is a second stream
+    VARIANTS                yaml name -> settings beside the shipped ones to compare under; [{}] if absent
+    LEARNS                  yaml name -> settings under which enumerated gradients lead to
+                            pi_ref exp(r / beta) / Z on the toy worlds, or None if theory says they lead
+                            elsewhere (then a test of the family's own says where); {} if absent
+    TEACHES_ALONE           yaml names that learn something even from equal responses; () if absent
+    ALIVE_UNDER             field -> other settings without which that field is rightly without effect
 """
 
 from __future__ import annotations
@@ -26,6 +35,10 @@ class Numbers:
     coin: list[Row]
     logp: Grid
     value: Grid
+    logp_guide: Grid
+    entropy: Grid
+    score_now: list[Row]
+    source: tuple[str, ...]
 
     def tokens(self) -> Iterator[tuple[int, int, int]]:
         """The places of all response tokens."""
@@ -57,6 +70,10 @@ class Answer:
     d_logp: Grid
     d_value: Grid
     watch: dict[str, float] = field(default_factory=dict)
+    d_entropy: Grid | None = None
+    """None where the algorithm does not look at it."""
+    d_score: list[Row] | None = None
+    """Likewise."""
 
     def push(self, one: Numbers, p: int, g: int, slope: float) -> None:
         """Add d loss / d h of one response to each of its tokens: h is their sum."""

@@ -7,6 +7,11 @@ from math import exp, log1p
 from rlhf_cli.algos.dpo_online import OnlineDPO
 from tests.algos.oracles import Answer, Numbers
 
+VARIANTS = {
+    "dpo_online": [{"label": "soft"}, {"label": "argmax"}, {"label": "bernoulli", "beta": 0.7}]
+}
+LEARNS = {"dpo_online": {"label": "soft"}}  # argmax labels have no optimum
+
 
 def sigmoid(x: float) -> float:
     """1 / (1 + exp(-x))."""

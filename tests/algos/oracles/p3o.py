@@ -7,6 +7,11 @@ from math import exp
 from rlhf_cli.algos.p3o import P3O
 from tests.algos.oracles import Answer, Numbers
 
+VARIANTS = {
+    name: [{}, {"kl_at": "rollout", "beta": 0.3, "clip": 0.5, "clamp": 1.5}]
+    for name in ("p3o_v1", "p3o_v2")
+}
+
 
 def between(x: float, low: float, high: float) -> float:
     """x, or the end it overshoots."""

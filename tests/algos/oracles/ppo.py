@@ -7,6 +7,14 @@ from math import exp, sqrt
 from rlhf_cli.algos.ppo import PPO
 from tests.algos.oracles import Answer, Grid, Numbers
 
+VARIANTS = {
+    "ppo": [{}, {"whiten_advantage": False, "gamma": 0.9, "lam": 0.7, "beta": 0.4, "clip": 0.1}]
+}
+LEARNS = {
+    # Moments over the rows of an enumeration would count likely and unlikely responses alike.
+    "ppo": {"whiten_advantage": False}
+}
+
 
 def advantages(algorithm: PPO, one: Numbers) -> Grid:
     """GAE as the sum it abbreviates: A_t = sum over k of (gamma lambda)^k delta_{t+k}."""
