@@ -19,7 +19,6 @@ from rlhf_cli import __version__
 from rlhf_cli.errors import StageFailed, UserError
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from rich.console import Console
 
     from rlhf_cli.plan import Plan
@@ -104,13 +103,13 @@ def train(context: typer.Context) -> None:
     from rlhf_cli.plan import check_downloads
 
     jobs = _planned(context.args)
-    for plan, _ in jobs:
+    for plan in jobs:
         check_downloads(plan)
     command = shlex.join(["rlhf", "train", *context.args])
     failures = []
-    for plan, node in jobs:
+    for plan in jobs:
         try:
-            directory = execute(plan, node, command)
+            directory = execute(plan, command)
         except KeyboardInterrupt:
             print("\ninterrupted: give the same command again to go on.", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -205,14 +204,14 @@ def show(
         _console().print(listing.page(shown))
 
 
-def _planned(words: Sequence[str]) -> list[tuple[Plan, DictConfig]]:
+def _planned(words: Sequence[str]) -> list[Plan]:
     """Compose, check and print every job of the line before any of them runs."""
     from rlhf_cli import plan as planning
     from rlhf_cli.words import collect
 
-    jobs = [(planning.plan(node), node) for node in collect(words)]
+    jobs = [planning.plan(node) for node in collect(words)]
     if jobs:
-        _console().print(planning.describe(*(plan for plan, _ in jobs)))
+        _console().print(planning.describe(*jobs))
     return jobs
 
 

@@ -30,7 +30,24 @@ else:
     Dataset: TypeAlias = Any
 
 CONTRACTS = {
-    "algo": ("update", "optim", "needs", "revision", "sampling", "prepare", "loss", "watch"),
+    "algo": (
+        "update",
+        "optim",
+        "needs",
+        "revision",
+        "couples_group",
+        "shift_invariant",
+        "trains_reward",
+        "sampling",
+        "prepare",
+        "loss",
+        "watch",
+        "side",
+        "side_loss",
+        "wants_entropy",
+        "replayed",
+        "critic_only",
+    ),
     "data": ("name", "title", "max_prompt_tokens", "max_response_tokens", "load", "fingerprint"),
 }
 """What the object built from each `_target_` must offer."""
@@ -49,6 +66,7 @@ class Recipe:
     model: recipes.Model
     data: Dataset
     algo: Algorithm
+    rollout: recipes.Drawing
     sft: recipes.SFT
     reward: recipes.Reward
     eval: recipes.Evaluation

@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from rlhf_cli import config
+from rlhf_cli.config import Recipe
 from rlhf_cli.errors import StageFailed, UserError
 from rlhf_cli.plan import Plan, Step
 from rlhf_cli.store.files import check_writable
@@ -28,7 +29,7 @@ GRACE_SECONDS = 10
 """How long workers have to leave after a signal before they are killed."""
 
 
-def execute(plan: Plan, node: DictConfig, command: str) -> Path:
+def execute(plan: Plan, command: str) -> Path:
     """Builds every run of the plan that is not done yet; returns the directory of the last one."""
     check_writable(Path(plan.recipe.paths.runs))
     if any(step.status != "done" for step in plan.steps):
@@ -42,7 +43,7 @@ def execute(plan: Plan, node: DictConfig, command: str) -> Path:
             continue
         with run.lock(on_wait=partial(_say_waiting, run)):
             if run.status() != "done":
-                _build(run, step, plan, node, command)
+                _build(run, step, plan.runs_of_parents(step), command)
     return plan.steps[-1].path
 
 
@@ -50,14 +51,11 @@ def _say_waiting(run: Run) -> None:
     print(f"waiting for another process that builds {run.path}", flush=True)
 
 
-def _build(run: Run, step: Step, plan: Plan, node: DictConfig, command: str) -> None:
+def _build(run: Run, step: Step, parent_runs: dict[str, str], command: str) -> None:
     """Runs one stage from `running` to `done`; on any fault the manifest says `failed` and why."""
-    frozen = OmegaConf.merge(node, {"stage": step.stage})
-    assert isinstance(frozen, DictConfig)
-    recipe = plan.recipe
-    parent_runs = {s.stage: s.path.name for s in plan.steps if s.stage in step.parents}
+    recipe = step.recipe
     run.begin(
-        config.freeze(frozen),
+        config.freeze(step.node),
         {
             "key": step.key,
             "stage": step.stage,
@@ -66,13 +64,13 @@ def _build(run: Run, step: Step, plan: Plan, node: DictConfig, command: str) -> 
             "model": recipe.model.label,
             "algo": recipe.name if step.stage == "rl" else None,
             "beta": getattr(recipe.algo, "beta", None) if step.stage == "rl" else None,
-            "seed": _seed(plan, step.stage),
+            "seed": _seed(recipe, step.stage),
             "group": recipe.group,
             "parents": dict(step.parents),
             "parent_runs": parent_runs,
             "science": step.science,
             "command": command,
-            "launch": OmegaConf.to_container(node.launch, resolve=True),
+            "launch": OmegaConf.to_container(step.node.launch, resolve=True),
             **provenance(),
         },
     )
@@ -94,8 +92,7 @@ def _build(run: Run, step: Step, plan: Plan, node: DictConfig, command: str) -> 
     run.finish()
 
 
-def _seed(plan: Plan, stage: str) -> int:
-    recipe = plan.recipe
+def _seed(recipe: Recipe, stage: str) -> int:
     return {"sft": recipe.sft.seed, "reward": recipe.reward.seed, "rl": recipe.seed}[stage]
 
 

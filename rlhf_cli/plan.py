@@ -8,7 +8,7 @@ key, so more processes or another tracker never rename a run. Planning writes no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ ENGINE_REVISION = 2
 """Raised by hand whenever the engine or a stage changes the numbers of a run."""
 
 Stage = Literal["sft", "reward", "rl"]
+Role = Literal["sft", "reward", "guide", "rl"]
 
 DOING = {"missing": "build", "interrupted": "resume", "failed": "resume", "running": "wait"}
 """What is going to be done about a run in each status; one that is done stays as it is."""
@@ -39,6 +40,8 @@ DOING = {"missing": "build", "interrupted": "resume", "failed": "resume", "runni
 class Step:
     """One stage of a chain."""
 
+    role: Role
+    """What it is to the last step of the chain."""
     stage: Stage
     key: str
     label: str
@@ -46,11 +49,14 @@ class Step:
     path: Path
     """The run directory, <runs>/<stage>/<label>-<key>."""
     parents: Mapping[str, str]
-    """Stage to key."""
+    """Role to key."""
     status: Status
     """What is on the disk at the time of planning."""
     science: Mapping[str, Any]
     """What the key is a hash of."""
+    recipe: Recipe
+    node: DictConfig
+    """The configuration that is frozen into its run directory."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,23 @@ class Plan:
     """A chain in the order it is built; every step but the last is an ancestor of the last."""
 
     steps: tuple[Step, ...]
-    recipe: Recipe
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the last step."""
+        return self.steps[-1].recipe
+
+    def runs_of_parents(self, step: Step) -> dict[str, str]:
+        """Role to run directory, relative to the folder of all runs."""
+        by_key = {each.key: f"{each.stage}/{each.path.name}" for each in self.steps}
+        return {role: by_key[key] for role, key in step.parents.items()}
 
 
 def plan(node: DictConfig) -> Plan:
     """Type a configuration and lay out its chain.
 
-    An RL stage whose algorithm needs neither reward model nor critic skips the reward stage.
+    A reward model is part of an RL chain if the algorithm needs one or a critic, or if evaluations
+    shall have a proxy reward; a guide, if the algorithm needs one, is an RL run of its own.
     Raises UserError.
     """
     made = recipe(node)
@@ -73,10 +89,10 @@ def plan(node: DictConfig) -> Plan:
         **{name: value for name, value in asdict(made.data).items() if name != "path"},  # type: ignore[call-overload]
         "fingerprint": made.data.fingerprint(),
     }
-    steps: dict[str, Step] = {}
+    steps: dict[Role, Step] = {}
 
     def add(stage: Stage, label: str, **reads: Any) -> None:
-        parents: dict[str, str] = {parent.stage: parent.key for parent in steps.values()}
+        parents: dict[str, str] = {parent.role: parent.key for parent in steps.values()}
         science = {
             "stage": stage,
             "revision": ENGINE_REVISION,
@@ -86,7 +102,10 @@ def plan(node: DictConfig) -> Plan:
         }
         name = key(science)
         path = Path(made.paths.runs) / stage / f"{label}-{name}"
-        steps[stage] = Step(stage, name, label, path, parents, Run(path).status(), science)
+        frozen = DictConfig({**node, "stage": stage})
+        steps[stage] = Step(
+            stage, stage, name, label, path, parents, Run(path).status(), science, made, frozen
+        )
 
     add(
         "sft",
@@ -94,12 +113,14 @@ def plan(node: DictConfig) -> Plan:
         model=_identity(made.model),
         sft=asdict(made.sft),
     )
-    if made.stage == "reward" or (made.stage == "rl" and _needs_scores(made)):
+    if made.stage == "reward" or (made.stage == "rl" and (made.eval.proxy or _needs_scores(made))):
         add(
             "reward",
             f"{title}-{made.reward.model.label}-s{made.reward.seed}",
             reward={**asdict(made.reward), "model": _identity(made.reward.model)},
         )
+    if made.stage == "rl" and "guide" in _needs(made):
+        steps["guide"] = replace(plan(_guide(node)).steps[-1], role="guide")
     if made.stage == "rl":
         cls = type(made.algo)
         add(
@@ -109,9 +130,16 @@ def plan(node: DictConfig) -> Plan:
             algo_class=f"{cls.__module__}.{cls.__qualname__}",
             algo_revision=made.algo.revision,
             seed=made.seed,
+            rollout=asdict(made.rollout),
             eval=asdict(made.eval),
         )
-    return Plan(tuple(steps.values()), made)
+    return Plan(tuple(steps.values()))
+
+
+def _guide(node: DictConfig) -> DictConfig:
+    """The configuration of the run that trains the guide of this one."""
+    guide = node.algo.guide
+    return DictConfig({**node, "algo": guide.algo, "name": guide.name, "seed": guide.seed})
 
 
 def check_downloads(plan: Plan) -> None:
@@ -144,9 +172,13 @@ def _identity(model: Model) -> dict[str, Any]:
     return values
 
 
-def _needs_scores(made: Recipe) -> bool:
+def _needs(made: Recipe) -> set[str]:
     # By value: naming the enum itself would import torch before an algorithm is even chosen.
-    return bool({need.value for need in made.algo.needs} & {"reward", "critic"})
+    return {need.value for need in made.algo.needs}
+
+
+def _needs_scores(made: Recipe) -> bool:
+    return bool(_needs(made) & {"reward", "critic"})
 
 
 def describe(*plans: Plan) -> Group:
@@ -156,7 +188,7 @@ def describe(*plans: Plan) -> Group:
         table.add_column(column, no_wrap=True)
     table.add_column("directory", overflow="fold")
     for step in {step.path: step for each in plans for step in each.steps}.values():
-        table.add_row(step.stage, step.key, DOING.get(step.status, "done"), str(step.path))
+        table.add_row(step.role, step.key, DOING.get(step.status, "done"), str(step.path))
     blocks = dict.fromkeys(block for each in plans for block in arithmetic(each))
     return Group(table, *(Text(f"\n{block}") for block in blocks))
 

@@ -133,7 +133,20 @@ class Reward:
     unended: float | None
     """Score of a response that was cut before it ended, in place of the model's own, which never saw
     one (Huang et al. 2024, "EOS trick"); null keeps the model's."""
+    unended_adds: bool
+    """Whether `unended` is added to the model's score instead of replacing it."""
     optim: Optim
+
+
+@dataclass(frozen=True, config=STRICT)
+class Drawing:
+    """How an RL run draws the responses it learns from; evaluations draw at temperature 1, unnoised."""
+
+    temperature: Positive
+    """Divides the logits of policy, reference and guide, in drawing and in every log-probability alike."""
+    noise: NonNegative
+    """Standard deviation of Gaussian noise added to each score that is learned from (Ahmadian et al.
+    2024, arXiv:2402.14740, section 5.3); the scores of a calibrated reward model have 1 under SFT."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -146,6 +159,9 @@ class Evaluation:
     """Evaluations after step 0, spread evenly over the run; the last one is the end of the run."""
     seed: int
     """Seed of the sampled responses."""
+    proxy: bool
+    """Whether a reward model is part of the chain even of an algorithm that asks for none, so that its
+    evaluations have a proxy reward too."""
     exact_kl: bool
     """Also sum the KL over the full vocabulary at each visited state (`eval/kl_exact`)."""
 

@@ -53,7 +53,7 @@ def work(path: Path) -> None:
             recipe=typed,
             world=world,
             corpus=corpus,
-            parents={s: path.parents[1] / s / name for s, name in manifest["parent_runs"].items()},
+            parents={role: path.parents[1] / at for role, at in manifest["parent_runs"].items()},
             segment=manifest["segment"],
             mirror=mirror,
             progress=progress,

@@ -122,7 +122,7 @@ def test_the_group_is_the_data_and_the_model_unless_named() -> None:
 
 
 FAULTS = [
-    (["algo=nope"], ["algo=nope", "dpo_online, p3o_v1, p3o_v2, ppo"]),
+    (["algo=nope"], ["algo=nope", "dpo_online, "]),
     (["model@reward.model=nope"], ["model=nope", "pythia_1b"]),
     (["algo.clp=1"], ["algo.clp is not a key", "--cfg job"]),
     (["++algo.clp=1"], ["algo.clp=1 is not a key", "--cfg job"]),

@@ -15,8 +15,8 @@ from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, in_parts, per_token
 from rlhf_cli.engine.learner import Judged, Learner, schedule
 from rlhf_cli.engine.order import batch_at, shuffled
-from rlhf_cli.engine.rollout import Collector, Judges
-from rlhf_cli.engine.sampler import draw, inverse_cdf, uniforms
+from rlhf_cli.engine.rollout import Asked, Collector, Judges
+from rlhf_cli.engine.sampler import Expert, draw, inverse_cdf, uniforms
 from rlhf_cli.engine.world import World, start
 from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor, Scorer, log_probs
@@ -66,7 +66,13 @@ def launch(micro_batch: int = 8) -> Launch:
 def drawn(policy, tokenizer, rows=range(8), prompts=PROMPTS, responses=2):
     uniform = uniforms(1, "train", 0, list(rows), LONGEST)
     return draw(
-        policy, prompts, responses, uniform, 10, tokenizer.eos_token_id, tokenizer.pad_token_id
+        [Expert(policy)],
+        prompts,
+        responses,
+        uniform,
+        10,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
     )
 
 
@@ -186,13 +192,14 @@ def learned(policy, tokenizer, world, micro_batch, steps=2):
     tokens, attention, mask = (t.clone() for t in (sample.tokens, sample.attention, sample.mask))
     learner = Learner(Actor(policy), optim(), steps, launch(micro_batch), world, "fp32")
 
-    def judge(part: Rows) -> Judged:
-        logp, _ = learner.engine(part.tokens, part.attention, part.length)
-        return Judged({"policy": -logp.unsqueeze(1)}, {}, part.mask.unsqueeze(1))
-
     counts = denominators(mask.unsqueeze(1))
+
+    def judge(part: Rows) -> Judged:
+        logp = learner.engine(part.tokens, part.attention, part.length)["logp"]
+        return Judged({"policy": -logp.unsqueeze(1)}, {}, part.mask.unsqueeze(1), counts)
+
     losses = [
-        learner.step(list(in_parts(tokens, attention, mask, micro_batch)), judge, counts)
+        learner.step(list(in_parts(tokens, attention, mask, micro_batch)), judge)
         for _ in range(steps)
     ]
     return learner, losses
@@ -223,12 +230,13 @@ def test_a_resumed_learner_takes_the_very_step_the_first_would_have_taken(
     tokens, attention, mask = (t.clone() for t in (sample.tokens, sample.attention, sample.mask))
 
     def step(learner: Learner) -> dict[str, float]:
-        def judge(part: Rows) -> Judged:
-            logp, _ = learner.engine(part.tokens, part.attention, part.length)
-            return Judged({"policy": -logp.unsqueeze(1)}, {}, part.mask.unsqueeze(1))
+        counts = denominators(mask.unsqueeze(1))
 
-        parts = list(in_parts(tokens, attention, mask, 8))
-        return learner.step(parts, judge, denominators(mask.unsqueeze(1)))
+        def judge(part: Rows) -> Judged:
+            logp = learner.engine(part.tokens, part.attention, part.length)["logp"]
+            return Judged({"policy": -logp.unsqueeze(1)}, {}, part.mask.unsqueeze(1), counts)
+
+        return learner.step(list(in_parts(tokens, attention, mask, 8)), judge)
 
     assert step(first) == step(other)
     ours, theirs = first.engine.module.state_dict(), other.engine.module.state_dict()
@@ -250,8 +258,8 @@ def test_a_response_that_does_not_end_scores_what_the_recipe_says(policy, model,
         policy.get_output_embeddings().weight[end] *= 20
     scorer = Scorer(new_reward_model(model, None, tokenizer, 1))
     raw, kept = (
-        Collector(world, tokenizer, Judges(None, scorer), 8, 16, LONGEST, 1, unended).collect(
-            Actor(policy), PROMPTS, Sampling(policy=4), "train", 0
+        Collector(world, tokenizer, Judges(None, scorer), 8, LONGEST, 1, unended).collect(
+            Actor(policy), list(map(Asked, PROMPTS)), Sampling(policy=4), "train", 0
         )[0]
         for unended in (None, -1.0)
     )

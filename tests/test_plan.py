@@ -119,9 +119,15 @@ def test_the_stage_says_where_the_chain_stops() -> None:
 
 
 def test_an_algorithm_that_needs_no_scores_gets_no_reward_model() -> None:
-    steps = planned("algo._target_=tests.test_plan.Scoreless").steps
+    words = ["algo._target_=tests.test_plan.Scoreless", "eval.proxy=false"]
+    steps = planned(*words).steps
     assert [step.stage for step in steps] == ["sft", "rl"]
     assert dict(steps[-1].parents) == {"sft": steps[0].key}
+
+
+def test_every_chain_has_a_reward_model_where_evaluations_shall_have_a_proxy_reward() -> None:
+    steps = planned("algo._target_=tests.test_plan.Scoreless").steps
+    assert [step.stage for step in steps] == ["sft", "reward", "rl"]
 
 
 def test_a_directory_is_called_by_label_and_key() -> None:

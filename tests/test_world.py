@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.engine.world import free_port
+from tests.world_script import ALGORITHMS
 
 SCRIPT = Path(__file__).with_name("world_script.py")
 RELATIVE = 1e-5
@@ -50,13 +51,13 @@ def same(ours, theirs) -> None:
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4), step  # see RELATIVE
 
 
-@pytest.mark.parametrize("algo", ["p3o", "ppo"])
+@pytest.mark.parametrize("algo", ALGORITHMS)
 def test_two_processes_equal_one(numbers, algo):
     one, two = numbers
     same(one[f"{algo}-0"], two[f"{algo}-0"])
 
 
-@pytest.mark.parametrize("algo", ["p3o", "ppo"])
+@pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_every_zero_stage_equals_stage_0(numbers, algo, zero):
     _, two = numbers
@@ -65,10 +66,10 @@ def test_every_zero_stage_equals_stage_0(numbers, algo, zero):
 
 def test_micro_batches_of_4_equal_one_of_16(numbers):
     for side in numbers:
-        same(side["p3o-0"], side["p3o-0-micro-16"])
+        same(side["p3o_v2-0"], side["p3o_v2-0-micro-16"])
 
 
 def test_the_six_steps_differ_so_that_equal_means_something(numbers):
     one, _ = numbers
-    assert len({step["loss"] for step in one["p3o-0"]}) == 6
+    assert len({step["loss"] for step in one["p3o_v2-0"]}) == 6
     assert all(step["grad_norm"] > 1e-4 for step in one["ppo-0"])

@@ -8,28 +8,37 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
-from rlhf_cli.algos.p3o import P3O
-from rlhf_cli.algos.ppo import PPO
+from rlhf_cli.config import compose, recipe
+from rlhf_cli.core.algorithm import Model as Needed
+from rlhf_cli.core.algorithm import Sampling, Targets
 from rlhf_cli.engine.learner import Learner
 from rlhf_cli.engine.order import shuffled
-from rlhf_cli.engine.rollout import Collector, Judges
+from rlhf_cli.engine.rollout import PLAIN, Asked, Collector, Judges
 from rlhf_cli.engine.world import start
 from rlhf_cli.models.heads import Actor, Scorer
-from rlhf_cli.models.load import new_policy, new_reward_model
+from rlhf_cli.models.load import new_policy, new_reward_model, zero_head
 from rlhf_cli.models.tokenizer import train_tokenizer
 from rlhf_cli.recipes import Launch, Model, Optim, Scratch, Update
-from rlhf_cli.stages.rl import _step
+from rlhf_cli.stages.rl import Stream, _step
 
-PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 5, 7, 4, 6, 8, 3)]
+ALGORITHMS = ("p3o_v2", "ppo", "aihf")
+"""One without a second model that learns, one with a critic, one with a reward model and two streams."""
+PROMPTS = [Asked(list(range(5, 5 + n))) for n in (3, 9, 5, 7, 4, 6, 8, 3)]
 MODEL = Model("tiny", "nano", Scratch(2, 32, 2, 300, 64, 3), None, None, "fp32")
-OPTIM = Optim(1e-3, "linear", 0.1, (0.9, 0.95), 1e-8, 0.0, 0.5)
+OPTIM = Optim(3e-4, "linear", 0.1, (0.9, 0.95), 1e-4, 0.0, 0.5)
+"""eps is large: with 1e-8 Adam makes a step of full size out of a gradient that is rounding alone."""
 UPDATE = Update(episodes=48, batch=16, epochs=1, minibatches=2)
-P3O_V2 = P3O("joint", 0.1, 0.2, 10.0, 2, "update", UPDATE, OPTIM)
-PPO_ = PPO(0.1, 1.0, 0.95, 0.2, 0.2, 0.1, True, 1e-3, UPDATE, OPTIM)
+
+
+def shipped(name: str) -> Any:
+    """An algorithm as shipped, on this script's budget and optimiser."""
+    return replace(recipe(compose([f"algo={name}"])).algo, update=UPDATE, optim=OPTIM)
 
 
 def run(world, algo, zero: int, micro_batch: int) -> list[dict[str, float]]:
@@ -37,32 +46,58 @@ def run(world, algo, zero: int, micro_batch: int) -> list[dict[str, float]]:
     tokenizer = train_tokenizer(["the cat sat on the mat"], 300, 64)
     policy, ref = new_policy(MODEL, tokenizer), new_policy(MODEL, tokenizer)
     judge = new_reward_model(MODEL, None, tokenizer, 1)
-    critic = new_reward_model(MODEL, None, tokenizer, 1) if isinstance(algo, PPO) else None
+    has_critic, has_q = (model in algo.needs for model in (Needed.CRITIC, Needed.Q))
+    actor = Actor(
+        policy,
+        critic=new_reward_model(MODEL, None, tokenizer, 1) if has_critic else None,
+        reward=new_reward_model(MODEL, None, tokenizer, 1) if algo.trains_reward else None,
+        q=zero_head(new_policy(MODEL, tokenizer)) if has_q else None,
+    )
     launch = Launch("deepspeed", world.size, zero, micro_batch, 60)
-    rates = {"critic": 1e-3} if critic else {}
-    learner = Learner(Actor(policy, critic), OPTIM, 6, launch, world, "fp32", rates)
-    collector = Collector(world, tokenizer, Judges(ref, Scorer(judge)), micro_batch, 16, 12, 1)
-    ctx = SimpleNamespace(recipe=SimpleNamespace(algo=algo, launch=launch), world=world)
+    rates = {n: 3e-4 for n in ("critic", "reward", "q") if getattr(actor, n) is not None}
+    learner = Learner(actor, OPTIM, 6, launch, world, "fp32", rates)
+    judges = Judges(ref, Scorer(judge))
+    collector = Collector(
+        world, tokenizer, judges, micro_batch, 12, 1, soft_beta=0.1 if has_q else None
+    )
+    ctx = SimpleNamespace(
+        recipe=SimpleNamespace(algo=algo, launch=launch, rollout=PLAIN), world=world
+    )
     seen, state = [], {}
     for index in range(3):
-        sampling = algo.sampling()
-        prompts = PROMPTS * (2 // sampling.responses)
+        sampling, side = algo.sampling(), algo.side()
+        prompts = PROMPTS * max(1, 2 // sampling.responses)
         with learner.whole() as actor:
-            rollout, _ = collector.collect(actor, prompts, sampling, "train", index)
+            rollout, _ = collector.collect(actor, given(prompts, sampling), sampling, "a", index)
+            beside = []
+            if side.responses:
+                read, _ = collector.collect(actor, given(prompts, side), side, "b", index)
+                beside = [Stream(read, Targets(), second=True)]
         targets, state = algo.prepare(rollout, state)
+        streams = [Stream(rollout, targets), *beside]
         for part in shuffled(len(prompts), 1, index).reshape(2, -1):
-            seen.append(_step(ctx, learner, rollout, targets, torch.from_numpy(part)))
+            prompts_now = torch.from_numpy(part)
+            seen.append(_step(ctx, learner, collector, streams, prompts_now, None))
     return seen
+
+
+def given(prompts: list[Asked], sampling: Sampling) -> list[Asked]:
+    """The prompts with as many responses as are not drawn."""
+    count = sampling.dataset + sampling.demo + sampling.mismatch
+    return [
+        replace(each, given=tuple([7 + i, 9, 11 + n, 0] for n in range(count)))
+        for i, each in enumerate(prompts)
+    ]
 
 
 def main(out: str, stages: list[int]) -> None:
     world = start(60)
     rows = {
-        f"{name}-{zero}": run(world, algo, zero, 4)
-        for name, algo in (("p3o", P3O_V2), ("ppo", PPO_))
+        f"{name}-{zero}": run(world, shipped(name), zero, 4)
+        for name in ALGORITHMS
         for zero in stages
     }
-    rows["p3o-0-micro-16"] = run(world, P3O_V2, 0, 16)
+    rows["p3o_v2-0-micro-16"] = run(world, shipped("p3o_v2"), 0, 16)
     if world.is_main:
         with open(out, "w", encoding="utf-8") as file:
             json.dump(rows, file)

@@ -28,11 +28,14 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Judged:
-    """What one micro-batch says: terms to minimise, terms to log, and the mask [P,G,T] they live on."""
+    """What one micro-batch says: terms to minimise, terms to log, and how they are averaged."""
 
     loss: Terms
     watch: Terms
     mask: Tensor
+    """[P,G,T] of the micro-batch."""
+    counts: Mapping[int, float]
+    """`core.masked.denominators` of the whole minibatch it is a part of."""
 
 
 class Learner:
@@ -53,7 +56,7 @@ class Learner:
         module.to(world.device)
         self._copy = copy.deepcopy(module) if launch.zero == 3 else None
         groups = _groups(module, optim.lr, rates or {})
-        self._peaks = [group["lr"] for group in groups]
+        self._names, self._peaks = ["", *(rates or {})], [group["lr"] for group in groups]
         optimiser = torch.optim.AdamW(
             groups, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
@@ -66,36 +69,62 @@ class Learner:
         self.step_index = 0
 
     def step(
-        self, parts: Sequence[Part], judge: Callable[[Part], Judged], counts: Mapping[int, float]
+        self, parts: Sequence[Part], judge: Callable[[Part], Judged], only: str | None = None
     ) -> dict[str, float]:
         """One optimiser step over this process's `parts` of a minibatch.
 
-        counts: `core.masked.denominators` of the whole minibatch. Returns averaged terms over all
-        processes: the loss, each of its terms, each watched term, the gradient norm, the rate.
+        only: the one submodule that learns, if not all do. Returns averaged terms over all processes:
+        the loss, each of its terms, each watched term, the gradient norm, the rate of the policy.
         """
         self.engine.train()
         totals: dict[str, float] = {}
         for place, part in enumerate(parts):
             self.engine.set_gradient_accumulation_boundary(place + 1 == len(parts))
             judged = judge(part)
-            losses = averages(judged.loss, judged.mask, counts)
+            losses = averages(judged.loss, judged.mask, judged.counts)
             loss = torch.stack(list(losses.values())).sum()
             # DeepSpeed averages gradients over processes; our shares already add up to the mean.
             self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
             with torch.no_grad():
-                seen = {"loss": loss, **losses, **averages(judged.watch, judged.mask, counts)}
+                seen = {
+                    "loss": loss,
+                    **losses,
+                    **averages(judged.watch, judged.mask, judged.counts),
+                }
             for name, value in seen.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach())
         factor = schedule(self.optim, self.step_index, self.steps)
-        for group, peak in zip(self.engine.optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * factor
+        rates = [
+            peak * factor if only in (None, name) else 0.0
+            for name, peak in zip(self._names, self._peaks, strict=True)
+        ]
+        for group, rate in zip(self.engine.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         norm = self._gradient_norm()
         self.engine.step()
         self.step_index += 1
         totals = self.world.sum(totals)
         if norm is None:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-        return {**totals, "grad_norm": norm, "lr": self._peaks[0] * factor}
+        return {**totals, "grad_norm": norm, "lr": rates[0]}
+
+    @torch.no_grad()
+    def follow(self, leader: str, follower: str, keep: float) -> None:
+        """follower <- keep * follower + (1 - keep) * leader, two submodules of one shape."""
+        pairs = [
+            (ahead, behind)
+            for (_, ahead), (_, behind) in zip(
+                self.engine.module.get_submodule(leader).named_parameters(),
+                self.engine.module.get_submodule(follower).named_parameters(),
+                strict=True,
+            )
+        ]
+        flat = [parameter for pair in pairs for parameter in pair]
+        sharded = self.launch.zero == 3
+        with deepspeed.zero.GatheredParameters(flat, modifier_rank=0, enabled=sharded):
+            if not sharded or self.world.is_main:
+                for ahead, behind in pairs:
+                    behind.lerp_(ahead.to(behind.dtype), 1 - keep)
 
     def _gradient_norm(self) -> float | None:
         """Global L2 norm before clipping; None if DeepSpeed's own optimiser wrapper reports it."""

@@ -11,11 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.core.algorithm import Sampling
-from rlhf_cli.core.rollout import Rollout
-from rlhf_cli.engine.forward import per_row, per_token
-from rlhf_cli.engine.sampler import draw, uniforms
+from rlhf_cli.core.rollout import Rollout, Source
+from rlhf_cli.engine.forward import Rows, per_row, per_token
+from rlhf_cli.engine.sampler import Expert, draw, left_pad, uniforms
 from rlhf_cli.engine.world import World
-from rlhf_cli.models.heads import Actor, Scorer, log_probs
+from rlhf_cli.models.heads import Actor, Scorer, log_probs, next_logits
+from rlhf_cli.recipes import Drawing
+
+PLAIN = Drawing(temperature=1.0, noise=0.0)
+"""As every evaluation draws."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,16 @@ class Judges:
 
     ref: PreTrainedModel | None
     reward: Scorer | None
+    guide: PreTrainedModel | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and the responses to it that are given rather than drawn."""
+
+    prompt: Sequence[int]
+    given: tuple[Sequence[int], ...] = ()
+    """One per source that is not drawn, in the order of `Sampling.sources`."""
 
 
 @dataclass(frozen=True)
@@ -34,45 +48,42 @@ class Collector:
     tokenizer: PreTrainedTokenizerBase
     judges: Judges
     micro_batch: int
-    max_prompt_tokens: int
     max_response_tokens: int
     seed: int
     unended: float | None = None
-    """Score of a response without end token, in place of the reward model's; None keeps that."""
+    """Score of a response without end token, in place of the reward model's (or added to it, if
+    `unended_adds`); None keeps that."""
+    unended_adds: bool = False
+    drawing: Drawing = PLAIN
+    """Temperature of what is drawn from the policy, and noise of its scores."""
+    learned_reward: bool = False
+    """Whether scores are those of the actor's own reward model."""
+    soft_beta: float | None = None
+    """Coefficient of the entropy in the soft values of a Q network; None without one."""
 
     def collect(
-        self,
-        actor: Actor,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        stream: str,
-        step: int,
+        self, actor: Actor, asked: Sequence[Asked], sampling: Sampling, stream: str, step: int
     ) -> tuple[Rollout, Mapping[str, float]]:
-        """Draws and scores responses to all `prompts` (token ids), shared out over the processes.
+        """Draws and scores responses to all that is `asked`, shared out over the processes.
 
         Returns the whole rollout, on every process, and seconds spent drawing and scoring.
         """
         began = time.perf_counter()
         group = sampling.responses
-        mine = self.world.share(len(prompts))
+        mine = self.world.share(len(asked))
         rows = range(mine.start * group, mine.stop * group)
-        # The last uniform of each row is its coin.
-        uniform = uniforms(self.seed, stream, step, rows, self.max_response_tokens + 1)
-        drawn = draw(
-            actor.policy,
-            prompts[mine],
-            group,
-            uniform[:, :-1],
-            max(map(len, prompts)),
-            int(self.tokenizer.eos_token_id),
-            int(self.tokenizer.pad_token_id),
-        )
-        tokens, attention, mask = (t.clone() for t in (drawn.tokens, drawn.attention, drawn.mask))
+        # The last uniforms of each row are its coin and its noise.
+        uniform = uniforms(self.seed, stream, step, rows, self.max_response_tokens + 2)
+        width = max(len(each.prompt) for each in asked)
+        tokens, attention, mask = self._answers(actor, asked[mine], sampling, uniform, width)
         drew = time.perf_counter()
         said = self._ask(actor, tokens, attention, mask)
-        said["coin"] = uniform[:, -1].to(self.world.device)
+        said["coin"] = uniform[:, -2].to(self.world.device)
+        if "score" in said and self.drawing.noise > 0:
+            normal = torch.special.ndtri(uniform[:, -1].clamp(1e-6, 1 - 1e-6).double()).float()
+            said["score"] = said["score"] + self.drawing.noise * normal.to(self.world.device)
         whole = {
-            name: self.world.gather(value).unflatten(0, (len(prompts), group))
+            name: self.world.gather(value).unflatten(0, (len(asked), group))
             for name, value in {
                 "tokens": tokens,
                 "attention": attention,
@@ -80,11 +91,77 @@ class Collector:
                 **said,
             }.items()
         }
-        rollout = Rollout(
-            source=sampling.sources,
-            **{name: whole.get(name) for name in _TENSORS},  # type: ignore[arg-type]
-        )
+        for name in ("logp_ref", "score", "value_old"):
+            whole.setdefault(name, None)
+        rollout = Rollout(source=sampling.sources, **whole)
         return rollout, {"generate": drew - began, "score": time.perf_counter() - drew}
+
+    def _answers(
+        self,
+        actor: Actor,
+        asked: Sequence[Asked],
+        sampling: Sampling,
+        uniform: Tensor,
+        width: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens [P*G,L], attention [P*G,L] and mask [P*G,T] of all responses, drawn and given."""
+        sources = sampling.sources
+        laws = self._laws(actor, sampling)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = [()] * len(sources)  # type: ignore[list-item]
+        by_place = uniform[:, :-2].unflatten(0, (len(asked), len(sources)))
+        end, pad = int(self.tokenizer.eos_token_id), int(self.tokenizer.pad_token_id)
+        prompts = [each.prompt for each in asked]
+        for source, (experts, temperature) in laws.items():
+            places = [g for g, s in enumerate(sources) if s == source]
+            drawn = draw(
+                experts, prompts, len(places), by_place[:, places].flatten(0, 1), width, end, pad,
+                temperature,
+            )  # fmt: skip
+            three = (drawn.tokens, drawn.attention, drawn.mask)
+            split = [t.clone().unflatten(0, (len(asked), len(places))) for t in three]
+            for i, g in enumerate(places):
+                parts[g] = tuple(t[:, i] for t in split)
+        given = [g for g, source in enumerate(sources) if source not in laws]
+        for i, g in enumerate(given):
+            responses = [each.given[i] for each in asked]
+            laid = self._laid_out(prompts, responses, width, pad)
+            parts[g] = tuple(t.to(self.world.device) for t in laid)  # type: ignore[assignment]
+        return tuple(torch.stack(ts, 1).flatten(0, 1) for ts in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    def _laws(
+        self, actor: Actor, sampling: Sampling
+    ) -> dict[Source, tuple[Sequence[Expert], float]]:
+        """For each source that is drawn: out of what, and at which temperature."""
+        at, laws = self.drawing.temperature, dict[Source, tuple[Sequence[Expert], float]]()
+        if sampling.policy:
+            laws["policy"] = [Expert(actor.policy)], at
+        if sampling.greedy:
+            laws["greedy"] = [Expert(actor.policy)], 0.0
+        if sampling.ref:
+            assert self.judges.ref is not None
+            laws["ref"] = [Expert(self.judges.ref)], at
+        if sampling.mixture:
+            assert self.judges.ref is not None
+            share = sampling.mixture_ref
+            laws["mixture"] = [Expert(actor.policy, 1 - share), Expert(self.judges.ref, share)], at
+        return laws
+
+    def _laid_out(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        width: int,
+        pad: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens [P,L], attention [P,L] and mask [P,T] of given responses."""
+        left, real = left_pad(prompts, width, pad)
+        longest = self.max_response_tokens
+        right = torch.full((len(prompts), longest), pad)
+        mask = torch.zeros(len(prompts), longest)
+        for row, ids in enumerate(responses):
+            right[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1.0
+        return torch.cat([left, right], 1), torch.cat([real, mask.bool()], 1), mask
 
     def _ask(
         self, actor: Actor, tokens: Tensor, attention: Tensor, mask: Tensor
@@ -92,22 +169,43 @@ class Collector:
         """[n,T] log-probabilities and values, [n] scores of this process's rows."""
         batch = (tokens, attention, mask, self.micro_batch)
         said = {
-            "logp_old": per_token(
-                lambda r: log_probs(actor.policy, r.tokens, r.attention, r.length), *batch
+            name: per_token(
+                lambda r, m=model: log_probs(  # type: ignore[misc]
+                    m, r.tokens, r.attention, r.length, self.drawing.temperature
+                ),
+                *batch,
             )
+            for name, model in {
+                "logp_old": actor.policy,
+                "logp_ref": self.judges.ref,
+                "logp_guide": self.judges.guide,
+            }.items()
+            if model is not None
         }
-        if (ref := self.judges.ref) is not None:
-            said["logp_ref"] = per_token(
-                lambda r: log_probs(ref, r.tokens, r.attention, r.length), *batch
-            )
-        if (reward := self.judges.reward) is not None:
+        reward = actor.reward if self.learned_reward else self.judges.reward
+        if reward is not None:
             said["score"] = per_row(lambda r: reward(r.tokens, r.attention), *batch)
             if self.unended is not None:
-                ended = self._ended(tokens, mask)
-                said["score"] = torch.where(ended, said["score"], self.unended)
+                cut = said["score"] + self.unended if self.unended_adds else self.unended
+                said["score"] = torch.where(self._ended(tokens, mask), said["score"], cut)
         if (critic := actor.critic) is not None:
             said["value_old"] = per_token(lambda r: critic(r.tokens, r.attention, r.length), *batch)
+        elif self.soft_beta is not None:
+            said["value_old"] = per_token(lambda r: self._soft_value(actor, r), *batch)
         return said
+
+    def _soft_value(self, actor: Actor, rows: Rows) -> Tensor:
+        """[n,T] sum_a pi(a|s) [ Qbar(s,a) - beta log(pi(a|s) / pi_ref(a|s)) ], Qbar the slow copy."""
+        assert self.judges.ref is not None and actor.q_target is not None
+        assert self.soft_beta is not None
+        ask = (rows.tokens, rows.attention, rows.length)
+        heat = self.drawing.temperature
+        logps, ref = (
+            (next_logits(m, *ask) / heat).float().log_softmax(-1)
+            for m in (actor.policy, self.judges.ref)
+        )
+        q = next_logits(actor.q_target, *ask).float()
+        return (logps.exp() * (q - self.soft_beta * (logps - ref))).sum(-1)
 
     def texts(self, rollout: Rollout) -> list[str]:
         """Decoded responses, prompt by prompt, without the end token."""
@@ -125,8 +223,3 @@ class Collector:
     def _ended(self, tokens: Tensor, mask: Tensor) -> Tensor:
         ids = tokens[..., -mask.shape[-1] :]
         return ((ids == self.tokenizer.eos_token_id) & mask.bool()).any(-1)
-
-
-_TENSORS = (
-    "tokens", "attention", "mask", "logp_old", "logp_ref", "score", "value_old", "coin",
-)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Draws responses from a policy at temperature 1.
+"""Draws responses from a policy, or from a product of policies.
 
 The loop is our own for one reason: a response must depend on the policy, the prompt and its own random
 numbers, and on nothing else. Each row brings its uniforms (keyed by seed, step and row), and a token is
@@ -22,6 +22,14 @@ from rlhf_cli.models.heads import positions
 
 DROP_SHARE = 0.25
 """Rows that have ended draw on, unseen, until they are this share of the batch; then they are dropped."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A factor of the distribution that is drawn from: prod_i pi_i^weight_i, normalised per token."""
+
+    model: PreTrainedModel
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,19 +66,21 @@ def left_pad(prompts: Sequence[Sequence[int]], width: int, pad: int) -> tuple[Te
 
 @torch.inference_mode()
 def draw(
-    policy: PreTrainedModel,
+    experts: Sequence[Expert],
     prompts: Sequence[Sequence[int]],
     responses: int,
     uniform: Tensor,
     width: int,
     end: int,
     pad: int,
+    temperature: float = 1.0,
 ) -> Draw:
     """Draws `responses` continuations of each prompt; row p*responses + g is response g to prompt p.
 
     uniform: [P*responses, T], T the most tokens of a response; width: columns given to prompts.
+    temperature 0 takes the likeliest token each time.
     """
-    device = policy.device
+    device = experts[0].model.device
     rows, longest = uniform.shape
     tokens = torch.full((rows, width + longest), pad, device=device)
     attention = torch.zeros((rows, width + longest), dtype=torch.bool, device=device)
@@ -79,15 +89,22 @@ def draw(
     attention[:, :width] = real.repeat_interleave(responses, 0)
     uniform = uniform.to(device)
 
-    cache = BufferCache(policy.config.get_text_config().num_hidden_layers, width + longest)
-    logits = _step(policy, ids, real, cache)
-    cache.repeat(responses)
+    cache = [
+        BufferCache(e.model.config.get_text_config().num_hidden_layers, width + longest)
+        for e in experts
+    ]
+    logits = _step(experts, ids, real, cache)
+    for each in cache:
+        each.repeat(responses)
     logits = logits.repeat_interleave(responses, 0)
     alive = torch.arange(rows, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for t in range(longest):
         column = width + t
-        chosen = inverse_cdf(logits, uniform[alive, t])
+        if temperature == 0:
+            chosen = logits.argmax(-1)
+        else:
+            chosen = inverse_cdf(logits / temperature, uniform[alive, t])
         tokens[alive, column] = chosen
         attention[alive, column] = True
         ended = ended | (chosen == end)
@@ -95,9 +112,10 @@ def draw(
             break
         if ended.float().mean() >= DROP_SHARE:
             keep = (~ended).nonzero().squeeze(-1)
-            cache.select(keep)
+            for each in cache:
+                each.select(keep)
             alive, chosen, ended = alive[keep], chosen[keep], ended[keep]
-        logits = _step(policy, chosen.unsqueeze(-1), attention[alive, : column + 1], cache)
+        logits = _step(experts, chosen.unsqueeze(-1), attention[alive, : column + 1], cache)
     return _cut_after_end(tokens, attention, width, end, pad)
 
 
@@ -113,16 +131,26 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     return picked.clamp_max(logits.shape[-1] - 1)
 
 
-def _step(policy: PreTrainedModel, ids: Tensor, attention: Tensor, cache: Cache) -> Tensor:
+def _step(
+    experts: Sequence[Expert], ids: Tensor, attention: Tensor, caches: Sequence[Cache]
+) -> Tensor:
     """[N,V] logits of the next token after feeding `ids` [N,n]; attention covers all seen so far."""
-    return policy(
-        input_ids=ids,
-        attention_mask=attention.long(),
-        position_ids=positions(attention)[:, -ids.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    place = positions(attention)[:, -ids.shape[1] :]
+    said = [
+        expert.model(
+            input_ids=ids,
+            attention_mask=attention.long(),
+            position_ids=place,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        for expert, cache in zip(experts, caches, strict=True)
+    ]
+    if len(said) == 1 and experts[0].weight == 1.0:
+        return said[0]
+    weighted = [e.weight * x.float().log_softmax(-1) for e, x in zip(experts, said, strict=True)]
+    return torch.stack(weighted).sum(0)
 
 
 def _cut_after_end(tokens: Tensor, attention: Tensor, width: int, end: int, pad: int) -> Draw:

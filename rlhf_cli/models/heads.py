@@ -6,6 +6,8 @@ right, the response in the last T columns. Positions are counted from the first 
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -34,11 +36,21 @@ def next_logits(policy: nn.Module, tokens: Tensor, attention: Tensor, length: in
     ).logits
 
 
-def log_probs(policy: nn.Module, tokens: Tensor, attention: Tensor, length: int) -> Tensor:
-    """[N,length] log pi(token | what precedes it) of the last `length` columns, fp32, in nats."""
-    logits = next_logits(policy, tokens, attention, length).flatten(0, 1)
-    targets = tokens[:, -length:]
-    return -cross_entropy(logits.float(), targets.flatten(), reduction="none").view_as(targets)
+def taken(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[N,length] log softmax of logits [N,length,V] at the last `length` columns of tokens, fp32."""
+    targets = tokens[:, -logits.shape[1] :]
+    flat = logits.flatten(0, 1).float()
+    return -cross_entropy(flat, targets.flatten(), reduction="none").view_as(targets)
+
+
+def log_probs(
+    policy: nn.Module, tokens: Tensor, attention: Tensor, length: int, temperature: float = 1.0
+) -> Tensor:
+    """[N,length] log pi(token | what precedes it) of the last `length` columns, fp32, in nats.
+
+    pi is the distribution the tokens were drawn from: the model's logits over `temperature`.
+    """
+    return taken(next_logits(policy, tokens, attention, length) / temperature, tokens)
 
 
 class Scorer(nn.Module):
@@ -79,16 +91,44 @@ class Scorer(nn.Module):
 
 
 class Actor(nn.Module):
-    """What an update trains: the policy, and beside it a critic if the algorithm wants one."""
+    """What an update trains: the policy, and beside it whatever else the algorithm lets learn."""
 
-    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        critic: PreTrainedModel | None = None,
+        reward: PreTrainedModel | None = None,
+        q: PreTrainedModel | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> None:
+        """temperature: of the distribution responses are drawn from; entropy: whether it is wanted."""
         super().__init__()
         self.policy = policy
         self.critic = None if critic is None else Scorer(critic)
+        self.reward = None if reward is None else Scorer(reward)
+        self.q = q
+        self.q_target = None if q is None else copy.deepcopy(q).requires_grad_(False)
+        self.temperature, self.entropy = temperature, entropy
 
-    def forward(
-        self, tokens: Tensor, attention: Tensor, length: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """log pi [N,length] and V [N,length] (None without a critic) of the last `length` columns."""
-        logp = log_probs(self.policy, tokens, attention, length)
-        return logp, None if self.critic is None else self.critic(tokens, attention, length)
+    def forward(self, tokens: Tensor, attention: Tensor, length: int) -> dict[str, Tensor]:
+        """What `core.rollout.Forward` holds, by name, for [N] rows instead of [P,G].
+
+        All but the score are of the last `length` columns; what is not there is left out.
+        """
+        rows = (tokens, attention, length)
+        logits = next_logits(self.policy, *rows) / self.temperature
+        said = {"logp": taken(logits, tokens)}
+        if self.entropy or self.q is not None:
+            logps = logits.float().log_softmax(-1)
+            if self.entropy:
+                said["entropy"] = -(logps.exp() * logps).sum(-1)
+        if self.critic is not None:
+            said["value"] = self.critic(*rows)
+        if self.reward is not None:
+            said["score"] = self.reward(tokens, attention)
+        if self.q is not None:
+            said["logps"] = logps
+            said["q"] = next_logits(self.q, *rows).float()
+            said["q_taken"] = said["q"].gather(-1, tokens[:, -length:, None]).squeeze(-1)
+        return said

@@ -75,6 +75,16 @@ def load_policy(path: Path, precision: str, tokenizer: PreTrainedTokenizerBase) 
     return _prepared(load(AutoModelForCausalLM, path, None, precision), tokenizer)
 
 
+def zero_head(policy: PreTrainedModel) -> PreTrainedModel:
+    """The policy with an output layer of its own, all 0: a Q network that starts without opinion."""
+    old = policy.get_output_embeddings()
+    head = torch.nn.Linear(old.in_features, old.out_features, bias=False).to(old.weight)
+    torch.nn.init.zeros_(head.weight)
+    policy.config.tie_word_embeddings = False
+    policy.set_output_embeddings(head)
+    return policy
+
+
 def new_reward_model(
     model: Model, sft: Path | None, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreTrainedModel:

@@ -36,7 +36,7 @@ class Context:
     world: World
     corpus: Corpus
     parents: Mapping[str, Path]
-    """Stage -> run directory of the finished run this one starts from."""
+    """sft, reward or guide -> run directory of the finished run this one starts from."""
     segment: int
     mirror: Mirror
     progress: Progress
@@ -48,9 +48,9 @@ class Context:
     def _ledger(self) -> Ledger:
         return Ledger(self.run.metrics_path)
 
-    def final(self, stage: str) -> Path:
+    def final(self, role: str) -> Path:
         """The model folder of a parent."""
-        return Run(self.parents[stage]).final
+        return Run(self.parents[role]).final
 
     def report(self, step: int, row: Mapping[str, float], note: str = "") -> None:
         """Writes one line of metrics (main process), mirrors it, and moves the progress bar."""

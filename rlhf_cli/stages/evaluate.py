@@ -7,7 +7,7 @@ summed over each response; proxy reward from the learned model, gold where the d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.core.rollout import Rollout
 from rlhf_cli.data.tokens import prompt_ids
 from rlhf_cli.engine.forward import in_parts
-from rlhf_cli.engine.rollout import Collector
+from rlhf_cli.engine.rollout import PLAIN, Asked, Collector
 from rlhf_cli.errors import UserError
 from rlhf_cli.evals.kl import exact_kl, kl_estimates
 from rlhf_cli.evals.statistics import mean_and_se
@@ -35,6 +35,18 @@ class Evaluator:
     ctx: Context
     collector: Collector
 
+    @classmethod
+    def of(cls, ctx: Context, collector: Collector) -> Evaluator:
+        """Measures with the collector's frozen judges, at temperature 1, with the evaluation's seed."""
+        pinned = replace(
+            collector,
+            seed=ctx.recipe.eval.seed,
+            drawing=PLAIN,
+            learned_reward=False,
+            soft_beta=None,
+        )
+        return cls(ctx, pinned)
+
     @property
     def prompts(self) -> Sequence[str]:
         """The pinned prompts: the first of the held-out split, fewer only if it has fewer."""
@@ -45,7 +57,7 @@ class Evaluator:
         """The `eval/` metrics of a policy, and one row per prompt with the response behind them."""
         texts, world = self.prompts, self.ctx.world
         longest = self.ctx.recipe.data.max_prompt_tokens
-        ids = [prompt_ids(self.collector.tokenizer, text, longest) for text in texts]
+        ids = [Asked(prompt_ids(self.collector.tokenizer, text, longest)) for text in texts]
         # Processes share prompts evenly: the last one is repeated as often as that takes.
         padded = ids + ids[-1:] * (-len(ids) % world.size)
         rollout, _ = self.collector.collect(actor, padded, Sampling(policy=1), "eval", 0)

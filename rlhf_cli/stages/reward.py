@@ -10,6 +10,7 @@ the same on every dataset.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -22,7 +23,7 @@ from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, per_row
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import shuffled
-from rlhf_cli.engine.rollout import Collector, Judges
+from rlhf_cli.engine.rollout import Asked, Collector, Judges
 from rlhf_cli.evals.statistics import proportion_interval
 from rlhf_cli.models.heads import Actor, Scorer
 from rlhf_cli.models.load import SCORE_OFFSET, SCORE_SCALE, load_policy, new_reward_model
@@ -57,10 +58,12 @@ def main(ctx: Context) -> None:
     def collate(index) -> Batch:  # type: ignore[no-untyped-def]
         return right_padded([side for i in index for side in rows[i]], pad, on_prompt=True)
 
-    def judge(part: Rows) -> Judged:
+    def judge(part: Rows, counts: Mapping[int, float]) -> Judged:
         chosen, rejected = learner.engine(part.tokens, part.attention).view(-1, 2).unbind(1)
         gap = chosen - rejected
-        return Judged({"policy": -logsigmoid(gap)}, {"accuracy": (gap > 0).float()}, part.mask)
+        return Judged(
+            {"policy": -logsigmoid(gap)}, {"accuracy": (gap > 0).float()}, part.mask, counts
+        )
 
     def evaluate(last: bool) -> dict[str, float]:
         pairs = heldout if last else heldout[: ctx.recipe.eval.prompts]
@@ -102,13 +105,13 @@ def _calibration(ctx: Context, scorer: Scorer, tokenizer) -> tuple[float, float]
     policy = load_policy(ctx.final("sft"), ctx.recipe.model.precision, tokenizer)
     collector = Collector(
         ctx.world, tokenizer, Judges(None, scorer), ctx.recipe.launch.micro_batch,
-        data.max_prompt_tokens, data.max_response_tokens, recipe.seed,
+        data.max_response_tokens, recipe.seed,
     )  # fmt: skip
     prompts = ctx.corpus.train.prompts
     count = min(recipe.calibration, len(prompts)) // ctx.world.size * ctx.world.size
     chosen = shuffled(len(prompts), recipe.seed)[:count]
-    ids = [prompt_ids(tokenizer, prompts[i], data.max_prompt_tokens) for i in chosen]
+    asked = [Asked(prompt_ids(tokenizer, prompts[i], data.max_prompt_tokens)) for i in chosen]
     actor = Actor(policy.to(ctx.world.device))
-    rollout, _ = collector.collect(actor, ids, Sampling(policy=1), "calibration", 0)
+    rollout, _ = collector.collect(actor, asked, Sampling(policy=1), "calibration", 0)
     assert rollout.score is not None
     return float(rollout.score.mean()), max(float(rollout.score.std()), 1e-6)

@@ -10,38 +10,44 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlhf_cli.core.algorithm import Model, Targets
+from rlhf_cli.core.algorithm import Model, Targets, Terms
 from rlhf_cli.core.masked import denominators
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
-from rlhf_cli.data.tokens import prompt_ids
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, in_parts
 from rlhf_cli.engine.learner import Judged, Learner
-from rlhf_cli.engine.order import batch_at, shuffled
+from rlhf_cli.engine.order import shuffled
 from rlhf_cli.engine.rollout import Collector, Judges
-from rlhf_cli.models.heads import Actor, Scorer
-from rlhf_cli.models.load import load_policy, load_reward_model
+from rlhf_cli.models.heads import Actor, Scorer, next_logits
+from rlhf_cli.models.load import load_policy, load_reward_model, zero_head
 from rlhf_cli.models.tokenizer import load_tokenizer
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context, check_finite
 from rlhf_cli.stages.evaluate import Evaluator, check_start
+from rlhf_cli.stages.feed import Feed
+from rlhf_cli.stages.replay import Replay
 
 
 def main(ctx: Context) -> None:
     """Fine-tunes the SFT policy with `algo` and leaves it in `checkpoints/final`."""
     algo, update = ctx.recipe.algo, ctx.recipe.algo.update
-    sampling = algo.sampling()
+    sampling, side = algo.sampling(), algo.side()
     prompts_each = update.batch // sampling.responses
     rollouts = max(1, update.episodes // update.batch)
     per_rollout = update.epochs * update.minibatches
     collector, learner = _models(ctx, rollouts * per_rollout)
-    evaluator = Evaluator(ctx, replace(collector, seed=ctx.recipe.eval.seed))
-    prompts = ctx.corpus.train.prompts
+    evaluator = Evaluator.of(ctx, collector)
+    main_feed, side_feed = (
+        Feed(ctx.corpus, ctx.recipe.data, collector.tokenizer, s, ctx.recipe.seed)
+        for s in (sampling, side)
+    )
+    replay = Replay(algo.replayed(), ctx.recipe.seed)
     points = min(ctx.recipe.eval.points, rollouts)
     due = {round(rollouts * (i + 1) / points) for i in range(points)}
 
@@ -49,38 +55,44 @@ def main(ctx: Context) -> None:
     if state is None:
         state = {}
         _evaluate(ctx, evaluator, learner, 0, {})
+    state = replay.restore(state, sampling.sources)
     ctx.progress.start(rollouts * per_rollout, learner.step_index)
     for index in range(learner.step_index // per_rollout, rollouts):
         began = time.perf_counter()
-        chosen = batch_at(len(prompts), prompts_each, index, ctx.recipe.seed)
-        ids = [
-            prompt_ids(collector.tokenizer, prompts[i], collector.max_prompt_tokens) for i in chosen
-        ]
+        asked = main_feed.batch(prompts_each, index)
+        beside: list[Stream] = []
         with learner.whole() as actor:
-            rollout, seconds = collector.collect(actor, ids, sampling, "train", index)  # type: ignore[arg-type]
+            drawn, seconds = collector.collect(actor, asked, sampling, "train", index)  # type: ignore[arg-type]
+            if side.responses:
+                rows = side_feed.batch(prompts_each, index)
+                read, _ = collector.collect(actor, rows, side, "side", index)  # type: ignore[arg-type]
+                beside = [Stream(read, Targets(), second=True)]
+        rollout = replay.exchange(drawn, index)
         with torch.no_grad():
             targets, state = algo.prepare(rollout, state)
-        drawn = time.perf_counter()
+        ready = time.perf_counter()
+        streams = [Stream(rollout, targets), *beside]
+        only = "critic" if index < algo.critic_only() else None
         steps = [
-            _step(ctx, learner, rollout, targets, torch.from_numpy(part))
+            _step(ctx, learner, collector, streams, torch.from_numpy(part), only)
             for epoch in range(update.epochs)
             for part in shuffled(prompts_each, ctx.recipe.seed, index, epoch).reshape(
                 update.minibatches, -1
             )
         ]
         learned = time.perf_counter()
-        row = _row(ctx, collector, rollout, steps)
+        row = _row(ctx, collector, drawn, steps)
         row |= {
             "episodes": (index + 1) * update.batch,
             "perf/step_seconds": learned - began,
             "perf/generate_seconds": seconds["generate"],
             "perf/score_seconds": seconds["score"],
-            "perf/learn_seconds": learned - drawn,
-            "perf/generated_tokens_per_second": float(rollout.mask.sum()) / seconds["generate"],
+            "perf/learn_seconds": learned - ready,
+            "perf/generated_tokens_per_second": float(drawn.mask.sum()) / seconds["generate"],
         }
         if index + 1 in due:
             _evaluate(ctx, evaluator, learner, learner.step_index, row)
-            ctx.save(learner, state)
+            ctx.save(learner, {**state, **replay.state()})
         else:
             ctx.report(learner.step_index, row, _note("train", row))
     with learner.whole() as actor:
@@ -88,60 +100,138 @@ def main(ctx: Context) -> None:
             checkpoint.save_final(ctx.run.final, actor.policy, collector.tokenizer, model_card(ctx))
 
 
+@dataclass(frozen=True)
+class Stream:
+    """What one of an algorithm's two losses is computed on."""
+
+    rollout: Rollout
+    targets: Targets
+    second: bool = False
+
+
 def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
-    """Loads what the algorithm needs: policy, reference, reward model, critic."""
-    recipe, needs = ctx.recipe, ctx.recipe.algo.needs
+    """Loads what the algorithm needs: policy, reference, reward model, critic, guide, Q network."""
+    recipe, algo = ctx.recipe, ctx.recipe.algo
     precision, device = recipe.model.precision, ctx.world.device
     tokenizer = load_tokenizer(ctx.final("sft"))
 
-    def policy():  # type: ignore[no-untyped-def]
-        return load_policy(ctx.final("sft"), precision, tokenizer)
+    def policy(parent: str = "sft"):  # type: ignore[no-untyped-def]
+        return load_policy(ctx.final(parent), precision, tokenizer)
 
     def scorer():  # type: ignore[no-untyped-def]
         return load_reward_model(ctx.final("reward"), recipe.reward.model.precision, tokenizer)
 
-    actor = Actor(policy(), scorer() if Model.CRITIC in needs else None)
-    rates = {"critic": recipe.algo.critic_lr} if Model.CRITIC in needs else {}  # type: ignore[attr-defined]
+    has_q = Model.Q in algo.needs
+    actor = Actor(
+        policy(),
+        critic=scorer() if Model.CRITIC in algo.needs else None,
+        reward=scorer() if algo.trains_reward else None,
+        q=zero_head(policy()) if has_q else None,
+        temperature=recipe.rollout.temperature,
+        entropy=algo.wants_entropy(),
+    )
+    learns = {"critic": actor.critic, "reward": actor.reward, "q": actor.q}
+    rates = {name: getattr(algo, f"{name}_lr") for name, model in learns.items() if model}
     # The reference is loaded for every algorithm: the KL of the evaluation is measured against it.
     reward = Scorer(scorer()).to(device) if "reward" in ctx.parents else None
+    guide = policy("guide").to(device) if Model.GUIDE in algo.needs else None
     collector = Collector(
-        ctx.world, tokenizer, Judges(policy().to(device), reward), recipe.launch.micro_batch,
-        recipe.data.max_prompt_tokens, recipe.data.max_response_tokens, recipe.seed,
-        recipe.reward.unended,
-    )  # fmt: skip
-    learner = Learner(actor, recipe.algo.optim, steps, recipe.launch, ctx.world, precision, rates)
+        world=ctx.world,
+        tokenizer=tokenizer,
+        judges=Judges(policy().to(device), reward, guide),
+        micro_batch=recipe.launch.micro_batch,
+        max_response_tokens=recipe.data.max_response_tokens,
+        seed=recipe.seed,
+        unended=recipe.reward.unended,
+        unended_adds=recipe.reward.unended_adds,
+        drawing=recipe.rollout,
+        learned_reward=algo.trains_reward,
+        soft_beta=algo.beta if has_q else None,  # type: ignore[attr-defined]
+    )
+    learner = Learner(actor, algo.optim, steps, recipe.launch, ctx.world, precision, rates)
     return collector, learner
 
 
 def _step(
-    ctx: Context, learner: Learner, rollout: Rollout, targets: Targets, prompts: Tensor
+    ctx: Context,
+    learner: Learner,
+    collector: Collector,
+    streams: list[Stream],
+    prompts: Tensor,
+    only: str | None,
 ) -> dict[str, float]:
-    """One optimiser step on some prompts of the rollout, shared out over the processes."""
+    """One optimiser step on some prompts of each stream, shared out over the processes."""
     algo = ctx.recipe.algo
-    prompts = prompts.to(rollout.mask.device)
-    counts = denominators(rollout.mask[prompts])
-    mine = prompts[ctx.world.share(len(prompts))]
-    batch, aims, group = rollout.take(mine), targets.take(mine), rollout.mask.shape[1]
-
-    def judge(part: Rows) -> Judged:
-        some = part.index[::group] // group
-        view = batch.take(some).trim(part.length)
-        logp, value = learner.engine(part.tokens, part.attention, part.length)
-        now = Forward(
-            logp.view_as(view.mask) * view.mask,
-            None if value is None else value.view_as(view.mask) * view.mask,
-        )
-        aim = aims.take(some).trim(part.length)
-        loss = algo.loss(now, view, aim)
-        with torch.no_grad():
-            watch = {**algo.watch(now, view, aim), "log_ratio": _log_ratio(now, view)}
-        return Judged(loss, watch, view.mask)
-
-    flat = (batch.tokens.flatten(0, 1), batch.attention.flatten(0, 1), batch.mask.flatten(0, 1))
-    parts = list(in_parts(*flat, ctx.recipe.launch.micro_batch, group))
-    metrics = learner.step(parts, judge, counts)
+    parts = [
+        partial(_judge, ctx, learner, collector, only, *cut)
+        for stream in streams
+        for cut in _cuts(ctx, stream, prompts.to(stream.rollout.mask.device))
+    ]
+    metrics = learner.step(parts, lambda judge: judge(), only)
+    if Model.Q in algo.needs:
+        learner.follow("q", "q_target", algo.tau)  # type: ignore[attr-defined]
     check_finite(metrics, learner.step_index)
     return metrics
+
+
+def _cuts(
+    ctx: Context, stream: Stream, prompts: Tensor
+) -> list[tuple[Stream, Rows, Mapping[int, float]]]:
+    """This process's share of some prompts in micro-batches, each with the minibatch's denominators."""
+    mask = stream.rollout.mask
+    counts = denominators(mask[prompts])
+    mine = prompts[ctx.world.share(len(prompts))]
+    batch, group = stream.rollout.take(mine), mask.shape[1]
+    own = replace(stream, rollout=batch, targets=stream.targets.take(mine))
+    flat = (batch.tokens.flatten(0, 1), batch.attention.flatten(0, 1), batch.mask.flatten(0, 1))
+    parts = in_parts(*flat, ctx.recipe.launch.micro_batch, group)
+    return [(own, part, counts) for part in parts]
+
+
+def _judge(
+    ctx: Context,
+    learner: Learner,
+    collector: Collector,
+    only: str | None,
+    stream: Stream,
+    part: Rows,
+    counts: Mapping[int, float],
+) -> Judged:
+    """What the algorithm says of one micro-batch under the current weights."""
+    algo, group = ctx.recipe.algo, stream.rollout.mask.shape[1]
+    some = part.index[::group] // group
+    view = stream.rollout.take(some).trim(part.length)
+    now = _now(learner, collector, part, view, ctx.recipe.rollout.temperature)
+    if stream.second:
+        return Judged(_kept(algo.side_loss(now, view), only), {}, view.mask, counts)
+    aim = stream.targets.take(some).trim(part.length)
+    loss = _kept(algo.loss(now, view, aim), only)
+    with torch.no_grad():
+        watch = {**algo.watch(now, view, aim), "log_ratio": _log_ratio(now, view)}
+    return Judged(loss, watch, view.mask, counts)
+
+
+def _now(
+    learner: Learner, collector: Collector, part: Rows, view: Rollout, temperature: float
+) -> Forward:
+    """The forward pass of a micro-batch, laid out as [P,G,...]."""
+    said: dict[str, Tensor] = learner.engine(part.tokens, part.attention, part.length)
+    if "q" in said:
+        ref = collector.judges.ref
+        assert ref is not None
+        with torch.no_grad():
+            logits = next_logits(ref, part.tokens, part.attention, part.length)
+        said["logps_ref"] = (logits / temperature).float().log_softmax(-1)
+    laid = {name: x.unflatten(0, view.mask.shape[:2]) for name, x in said.items()}
+    masked = {name: x * view.mask if x.dim() == 3 else x for name, x in laid.items()}
+    return Forward(**masked)
+
+
+def _kept(terms: Terms, only: str | None) -> Terms:
+    """All terms, or all but the critic's multiplied by 0: they keep their place in the graph."""
+    if only is None:
+        return terms
+    return {name: term if name == "value" else term * 0.0 for name, term in terms.items()}
 
 
 def _log_ratio(now: Forward, view: Rollout) -> Tensor:

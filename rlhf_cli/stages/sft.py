@@ -7,6 +7,8 @@ over response tokens, and over prompt tokens too where `sft.loss_on_prompt` says
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.core.masked import denominators
@@ -50,9 +52,9 @@ def main(ctx: Context) -> None:
     def collate(index) -> Batch:  # type: ignore[no-untyped-def]
         return right_padded([rows[i] for i in index], pad, recipe.loss_on_prompt)
 
-    def judge(part: Rows) -> Judged:
-        logp, _ = learner.engine(part.tokens, part.attention, part.length)
-        return Judged({"policy": -logp.unsqueeze(1)}, {}, part.mask.unsqueeze(1))
+    def judge(part: Rows, counts: Mapping[int, float]) -> Judged:
+        logp = learner.engine(part.tokens, part.attention, part.length)["logp"]
+        return Judged({"policy": -logp.unsqueeze(1)}, {}, part.mask.unsqueeze(1), counts)
 
     def evaluate(last: bool) -> dict[str, float]:
         some = heldout if last else heldout[: ctx.recipe.eval.prompts]
@@ -61,7 +63,7 @@ def main(ctx: Context) -> None:
         )
         with learner.whole() as actor:
             logp = per_token(
-                lambda part: actor(part.tokens, part.attention, part.length)[0],
+                lambda part: actor(part.tokens, part.attention, part.length)["logp"],
                 tokens, attention, mask, ctx.recipe.launch.micro_batch,
             )  # fmt: skip
         return {"eval/loss": float(-logp.sum() / mask.sum())}

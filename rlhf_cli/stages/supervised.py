@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlhf_cli.engine.forward import Rows, in_parts
+from rlhf_cli.engine.forward import in_parts
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import batch_at
 from rlhf_cli.errors import UserError
@@ -44,14 +45,15 @@ def fit(
     batch: int,
     seed: int,
     collate: Callable[[Sequence[int]], Batch],
-    judge: Callable[[Rows], Judged],
+    judge: Callable[..., Judged],
     count: Callable[[Tensor], Mapping[int, float]],
     evaluate: Callable[[bool], Mapping[str, float]],
     group: int = 1,
 ) -> None:
     """Trains for `learner.steps` steps on batches of row numbers, evaluating as often as RL does.
 
-    collate turns row numbers into a batch of `group` sequences each; count turns the whole batch's
+    collate turns row numbers into a batch of `group` sequences each; judge is called with some Rows and
+    the denominators, as `counts`; count turns the whole batch's
     mask into denominators; evaluate is told whether it is the last time.
     """
     ctx.resume(learner)
@@ -66,7 +68,7 @@ def fit(
         mine = ctx.world.share(len(mask))
         most = ctx.recipe.launch.micro_batch
         parts = list(in_parts(tokens[mine], attention[mine], mask[mine], most, group))
-        metrics = learner.step(parts, judge, counts)
+        metrics = learner.step(parts, partial(judge, counts=counts))
         check_finite(metrics, step + 1)
         row = {f"train/{name}": value for name, value in metrics.items()}
         seconds = time.perf_counter() - began
