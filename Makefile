@@ -1,5 +1,5 @@
 # One line each; anything with a condition belongs in Python.
-.PHONY: help install demo test check mutants clean
+.PHONY: help install demo test check mutants algorithms clean
 export OMP_NUM_THREADS ?= 2
 BIN := .venv/bin
 
@@ -19,6 +19,9 @@ check: install ## lint, format and types
 
 mutants: install ## plant errors in the mathematics; every one must be caught
 	$(BIN)/python scripts/mutants.py
+
+algorithms: install ## write docs/algorithms from the yaml and the docstrings
+	$(BIN)/python scripts/algorithms.py
 
 clean: ## remove caches and builds; runs and figures stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Words to verbs: train, plan, frontier, runs, show.
+"""Words to verbs: train, plan, frontier, runs, show, credit, sample, algos.
 
 Everything heavy is imported inside a verb, so that `rlhf --help` answers at once.
 """
@@ -204,6 +204,138 @@ def show(
         _console().print(listing.page(shown))
 
 
+@app.command()
+def credit(
+    run: Annotated[str, typer.Argument(help="A finished sft or rl run.")],
+    text: Annotated[
+        str,
+        typer.Option(help="A transcript, or an answer to --prompt; - reads stdin."),
+    ],
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045 - as above
+        typer.Option(help="What is answered, up to Assistant: or TL;DR: (- reads stdin)."),
+    ] = None,
+    other: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Another answer to the same prompt, shown beside it."),
+    ] = None,
+    ref: Annotated[
+        str, typer.Option(help="Another run, or a Hugging Face folder, instead of the SFT parent.")
+    ] = "",
+    beta: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Reward units per nat; the run's own by default."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the png and the html.")] = Path("figures"),
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Show what each token of an answer was worth: beta log(pi / pi_ref), an end token included."""
+    from rlhf_cli.figures import credit as figure
+    from rlhf_cli.tools import checkpoints, explain, terminal
+
+    if beta is not None and not 0 < beta < float("inf"):
+        raise UserError(f"--beta={beta:g} is not allowed: it must be above 0.")
+    policy = checkpoints.trained(runs, run)
+    anchor = checkpoints.trained_or_folder(runs, ref) if ref else policy.reference()
+    if anchor is None:
+        raise UserError(
+            f"{policy.name} started from no policy; name what it is compared with: --ref=RUN."
+        )
+    asked = explain.question(_typed(text) or "", _typed(prompt), _typed(other))
+    drawn, tokens = explain.explain(policy, anchor, asked, beta)
+    assert policy.run is not None
+    files = figure.write(drawn, out / f"credit-{policy.run.key}-{drawn.key()}")
+    if as_json:
+        answers = [
+            {"name": answer.name, "sum": answer.total, "tokens": tokens[answer.name]}
+            for answer in drawn.answers
+        ]
+        figures = {kind: str(path) for kind, path in files.items()}
+        facts = {**drawn.facts, "beta": drawn.beta, "sums": figure.RELATIVE}
+        _print_json({**facts, "prompt": drawn.prompt, "answers": answers, "figures": figures})
+        return
+    console = _console()
+    colour = console.color_system is not None and not console.no_color
+    console.print(terminal.heatmap(drawn, console.width, colour))
+    for kind, path in files.items():
+        print(f"{'figure' if kind == 'png' else kind}: {path}")
+    print(f"next: rlhf sample {policy.run.key}, rlhf credit {policy.run.key} --text - --other ...")
+
+
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(help="A finished sft or rl run.")],
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A prompt, up to Assistant: or TL;DR: (- reads stdin)."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Without --prompt: held-out prompts.")] = 4,
+    decode: Annotated[str, typer.Option(help="sample, greedy or beam.")] = "sample",
+    width: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Of the beam: 5 by default."),
+    ] = None,
+    temperature: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Of samples: 1 by default."),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Of samples: that of the run's evaluations by default."),
+    ] = None,
+    proxy: Annotated[
+        str, typer.Option(help="Decode pi (proxy / its reference)^weight: a finished run.")
+    ] = "",
+    proxy_ref: Annotated[
+        str, typer.Option(help="Reference of the proxy, run or folder; its SFT parent by default.")
+    ] = "",
+    proxy_weight: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="1 by default."),
+    ] = None,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Decode responses: sampled, greedy, by beam search over log pi, or guided by a proxy."""
+    from dataclasses import asdict
+
+    from rlhf_cli.tools import checkpoints, terminal
+    from rlhf_cli.tools.decode import Decoder, Decoding, corpus_of, prompts_of
+
+    how = Decoding.of(decode, width, temperature, seed, bool(proxy))
+    policy = checkpoints.trained(runs, run)
+    pair = checkpoints.proxy(runs, proxy, proxy_ref, proxy_weight)
+    corpus = corpus_of(policy)
+    asked = prompts_of(policy, corpus, _typed(prompt), prompts)
+    rows = Decoder.of(policy, corpus, pair).decode(asked, how)
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+        return
+    _console().print(terminal.responses(rows))
+    assert policy.run is not None
+    print(f"next: rlhf credit {policy.run.key} --text TRANSCRIPT, rlhf sample --help")
+
+
+@app.command()
+def algos(
+    name: Annotated[str | None, typer.Argument(help="One of them, for all about it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the algorithms, or show one: its equations, its fields, where each number comes from."""
+    from rlhf_cli import catalogue
+
+    if as_json:
+        chosen = [name] if name else catalogue.names()
+        _print_json([catalogue.plain(catalogue.entry(each)) for each in chosen])
+    elif name:
+        _console().print(catalogue.page(catalogue.entry(name)))
+    else:
+        listed = [catalogue.entry(each, ["nano"]) for each in catalogue.names()]
+        _console().print(catalogue.table(listed))
+        print("next: rlhf algos NAME, rlhf train algo=NAME data=hh")
+
+
 def _planned(words: Sequence[str]) -> list[Plan]:
     """Compose, check and print every job of the line before any of them runs."""
     from rlhf_cli import plan as planning
@@ -213,6 +345,11 @@ def _planned(words: Sequence[str]) -> list[Plan]:
     if jobs:
         _console().print(planning.describe(*jobs))
     return jobs
+
+
+def _typed(words: str | None) -> str | None:
+    """An option's words, or what stdin says where they are a dash; the last line's end is not meant."""
+    return sys.stdin.read().removesuffix("\n") if words == "-" else words
 
 
 def _console() -> Console:

@@ -48,7 +48,15 @@ CONTRACTS = {
         "replayed",
         "critic_only",
     ),
-    "data": ("name", "title", "max_prompt_tokens", "max_response_tokens", "load", "fingerprint"),
+    "data": (
+        "name",
+        "title",
+        "pays",
+        "max_prompt_tokens",
+        "max_response_tokens",
+        "load",
+        "fingerprint",
+    ),
 }
 """What the object built from each `_target_` must offer."""
 

@@ -80,7 +80,8 @@ def plan(node: DictConfig) -> Plan:
     """Type a configuration and lay out its chain.
 
     A reward model is part of an RL chain if the algorithm needs one or a critic, or if evaluations
-    shall have a proxy reward; a guide, if the algorithm needs one, is an RL run of its own.
+    shall have a proxy reward, unless the dataset's task pays; a guide, if the algorithm needs one, is
+    an RL run of its own.
     Raises UserError.
     """
     made = recipe(node)
@@ -113,7 +114,8 @@ def plan(node: DictConfig) -> Plan:
         model=_identity(made.model),
         sft=asdict(made.sft),
     )
-    if made.stage == "reward" or (made.stage == "rl" and (made.eval.proxy or _needs_scores(made))):
+    scored = not made.data.pays and (made.eval.proxy or _needs_scores(made))
+    if made.stage == "reward" or (made.stage == "rl" and scored):
         add(
             "reward",
             f"{title}-{made.reward.model.label}-s{made.reward.seed}",

@@ -1,18 +1,20 @@
 """What finished RL runs gained over the SFT policy they started from, as a markdown table.
 
-    python scripts/gains.py RUN_DIRECTORY…
+    python scripts/gains.py [--by-algorithm] RUN_DIRECTORY…
 
 Every run is compared with its own step 0: the same prompts, the same random numbers. Differences are
-paired by prompt; z is the mean difference over its standard error.
+paired by prompt; z is the mean difference over its standard error. With --by-algorithm the runs of an
+algorithm are one line: each prompt's difference is averaged over them first.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
-from rlhf_cli.evals.statistics import paired_difference
+from rlhf_cli.evals.statistics import mean_and_se, paired_difference
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
 
@@ -22,30 +24,62 @@ def column(path: Path, name: str) -> list[float]:
     return [json.loads(line)[name] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def row(run: Run) -> str:
-    """One line of the table."""
-    manifest = run.manifest()
+def ends(run: Run) -> tuple[Path, Path]:
+    """The samples of the first and of the last evaluation."""
     first, *_, last = sorted(run.samples.glob("*.jsonl"))
+    return first, last
+
+
+def row(run: Run) -> str:
+    """One run."""
+    manifest = run.manifest()
+    first, last = ends(run)
     end = read(run.metrics_path)[-1]
     cells = [manifest["algo"], manifest["seed"], manifest["key"]]
     cells += [f"{end['eval/kl']:.2f} ± {end['eval/kl_se']:.2f}"]
     for name in ("score", "gold"):
         gained = paired_difference(column(last, name), column(first, name))
         cells += [f"{gained.mean:+.2f} ± {gained.se:.2f}", f"{gained.z:.1f}"]
-    proxy = paired_difference(column(last, "score"), column(first, "score")).mean
-    cells += [f"{proxy - manifest['beta'] * end['eval/kl']:+.2f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def main(paths: list[str]) -> None:
+def averaged(runs: list[Run], place: int, name: str) -> list[float]:
+    """A field prompt by prompt, averaged over runs; place 0 is the first evaluation, 1 the last."""
+    columns = [column(ends(run)[place], name) for run in runs]
+    return [sum(values) / len(values) for values in zip(*columns, strict=True)]
+
+
+def row_of_all(runs: list[Run]) -> str:
+    """All runs of one algorithm."""
+    kl = mean_and_se(averaged(runs, 1, "kl"))
+    rows = [read(run.metrics_path)[-1] for run in runs]
+    seeds = sorted(run.manifest()["seed"] for run in runs)
+    cells = [f"`{runs[0].manifest()['algo']}`", ", ".join(map(str, seeds))]
+    cells += [f"{kl[0]:.2f} ± {kl[1]:.2f}"]
+    for name in ("score", "gold"):
+        before, after = (averaged(runs, place, name) for place in (0, 1))
+        gained, level = paired_difference(after, before), mean_and_se(after)
+        cells += [f"{level[0]:+.2f} ± {level[1]:.2f}", f"{gained.mean:+.2f}", f"{gained.z:.1f}"]
+    cells += [f"{sum(each['wall'] for each in rows) / len(rows):.0f}"]
+    cells += [", ".join(f"{run.manifest()['commit'][:7]}" for run in runs[:1])]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main(words: list[str]) -> None:
     """Prints the table, algorithms and seeds in order."""
-    runs = [Run(Path(path)) for path in paths]
+    runs = [Run(Path(word)) for word in words if not word.startswith("--")]
     runs.sort(key=lambda run: (run.manifest()["algo"], run.manifest()["seed"]))
-    print(
-        "| algo | seed | key | KL, nats | proxy gain | z | gold gain | z | proxy gain less beta KL |\n"
-        "|---|---|---|---|---|---|---|---|---|"
-    )
-    print("\n".join(map(row, runs)))
+    if "--by-algorithm" not in words:
+        print("| algo | seed | key | KL, nats | proxy gain | z | gold gain | z |")
+        print("|---|---|---|---|---|---|---|---|")
+        print("\n".join(map(row, runs)))
+        return
+    together = defaultdict(list)
+    for run in runs:
+        together[run.manifest()["algo"]].append(run)
+    print("| algo | seeds | KL, nats | proxy | gain | z | gold | gain | z | seconds | commit |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("\n".join(map(row_of_all, together.values())))
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ class Mine:
     max_prompt_tokens: int
     max_response_tokens: int
     title = "mine"
+    pays = False
     def load(self): ...
     def fingerprint(self): return "1"
 
@@ -203,6 +204,7 @@ class Half:
     max_prompt_tokens: int
     max_response_tokens: int
     title = "mine"
+    pays = False
     def load(self): ...
 """
 

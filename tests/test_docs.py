@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from rlhf_cli.core.rollout import Forward
 from rlhf_cli.store.metrics import VOCABULARY
 from tests.algos import test_learning, test_properties
 from tests.algos.cases import judge
-from tests.algos.test_oracles import CASES, near, numbers
+from tests.algos.test_oracles import CASES, built, near, numbers
 from tests.algos.toys import ARMS, BANDIT, THETA, TREE, World, ascent, close, leaf
 from tests.conftest import ROOT
 
@@ -69,45 +70,45 @@ def mylab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     written(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.delitem(sys.modules, "reinforce", raising=False)
+        patch.delitem(sys.modules, "batch_mean", raising=False)
         yield folder
 
 
 @pytest.fixture(scope="module")
-def reinforce(mylab: Path) -> Any:
+def batch_mean(mylab: Path) -> Any:
     """The algorithm of docs/adding.md with the hyperparameters of its yaml."""
-    return recipe(compose(["algo=reinforce"], mylab / "conf")).algo
+    return recipe(compose(["algo=batch_mean"], mylab / "conf")).algo
 
 
 def test_the_example_consists_of_a_module_a_yaml_and_an_oracle(tmp_path: Path) -> None:
     assert written(tmp_path) == [
-        "reinforce.py",
-        "conf/algo/reinforce.yaml",
-        "tests/algos/oracles/reinforce.py",
+        "batch_mean.py",
+        "conf/algo/batch_mean.yaml",
+        "tests/algos/oracles/batch_mean.py",
     ]
 
 
-def test_the_example_composes_with_its_own_values_and_the_shipped_budget(reinforce: Any) -> None:
+def test_the_example_composes_with_its_own_values_and_the_shipped_budget(batch_mean: Any) -> None:
     shipped = recipe(compose(["algo=p3o_v2"])).algo
-    assert (reinforce.beta, reinforce.responses, reinforce.update.minibatches) == (0.1, 1, 1)
-    assert reinforce.update.episodes == shipped.update.episodes
-    assert reinforce.optim == shipped.optim
+    assert (batch_mean.beta, batch_mean.responses, batch_mean.update.minibatches) == (0.1, 1, 1)
+    assert batch_mean.update.episodes == shipped.update.episodes
+    assert batch_mean.optim == shipped.optim
 
 
-def test_the_example_climbs_the_exact_gradient_from_its_own_samples(reinforce: Any) -> None:
-    assert BANDIT.beta == reinforce.beta == 0.1
-    direction = ascent(reinforce, BANDIT, THETA, THETA)
+def test_the_example_climbs_the_exact_gradient_from_its_own_samples(batch_mean: Any) -> None:
+    assert BANDIT.beta == batch_mean.beta == 0.1
+    direction = ascent(batch_mean, BANDIT, THETA, THETA)
     close(direction, [[0.293470, -0.025178, -0.268292]])
     close(direction, BANDIT.gradient(THETA), 1e-12)  # float64, three terms
 
 
 def test_the_example_pulls_scores_2_5_and_1_apart_by_their_distance_to_the_mean(
-    reinforce: Any,
+    batch_mean: Any,
 ) -> None:
     rollout = ARMS.rollout(ARMS.ref, torch.tensor([[0], [2]]))
     logp = leaf(rollout.logp_old)
-    targets, _ = reinforce.prepare(rollout, {})
-    terms = reinforce.loss(Forward(logp, None), rollout, targets)
+    targets, _ = batch_mean.prepare(rollout, {})
+    terms = batch_mean.loss(Forward(logp, None), rollout, targets)
     loss = averages(terms, rollout.mask, denominators(rollout.mask))["policy"]
     # Advantages 2.5 - 1.75 and 1 - 1.75, each shared by two responses.
     close(torch.autograd.grad(loss, logp)[0], [[[-0.375]], [[0.375]]])
@@ -115,18 +116,18 @@ def test_the_example_pulls_scores_2_5_and_1_apart_by_their_distance_to_the_mean(
 
 @pytest.mark.parametrize("kind", CASES)
 def test_the_example_agrees_with_its_oracle(
-    kind: str, reinforce: Any, mylab: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, batch_mean: Any, mylab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The oracle is written for the place the module has inside the repository.
-    monkeypatch.setitem(sys.modules, "rlhf_cli.algos.reinforce", sys.modules["reinforce"])
-    file = mylab / "tests" / "algos" / "oracles" / "reinforce.py"
+    monkeypatch.setitem(sys.modules, "rlhf_cli.algos.batch_mean", sys.modules["batch_mean"])
+    file = mylab / "tests" / "algos" / "oracles" / "batch_mean.py"
     spec = importlib.util.spec_from_file_location("oracle_of_the_example", file)
     assert spec is not None and spec.loader is not None
     oracle = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(oracle)
 
-    one = CASES[kind](1)
-    got, expected = judge(reinforce, one), oracle.judge(reinforce, numbers(one))
+    one = built(kind, 1, batch_mean.sampling())
+    got, expected = judge(batch_mean, one), oracle.judge(batch_mean, numbers(one))
     near(got.loss, expected.loss)
     near(got.d_logp, expected.d_logp)
     near(got.d_value, expected.d_value)
@@ -150,20 +151,22 @@ def test_every_property_that_is_asked_of_a_single_algorithm_is_asked_of_the_exam
 
 @pytest.mark.parametrize("word", PROPERTIES)
 def test_the_example_has_the_properties_of_a_shipped_algorithm(
-    word: str, reinforce: Any, monkeypatch: pytest.MonkeyPatch
+    word: str, batch_mean: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(test_properties, "shipped", lambda name: reinforce)
-    getattr(test_properties, word)("reinforce")
+    monkeypatch.setattr(test_properties, "shipped", lambda name: batch_mean)
+    monkeypatch.setattr(test_properties, "oracle", lambda name: SimpleNamespace())
+    getattr(test_properties, word)("batch_mean")
 
 
 @pytest.mark.parametrize("world", [ARMS, TREE], ids=["arms", "tree"])
 def test_the_example_learns_the_closed_form_optimum(
-    world: World, reinforce: Any, monkeypatch: pytest.MonkeyPatch
+    world: World, batch_mean: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        test_learning, "tuned", lambda name, **changes: replace(reinforce, **changes)
+        test_learning, "tuned", lambda name, **changes: replace(batch_mean, **changes)
     )
-    test_learning.test_learns_pi_ref_exp_r_over_beta("reinforce", world)
+    monkeypatch.setattr(test_learning, "oracle", lambda name: SimpleNamespace())
+    test_learning.test_learns_pi_ref_exp_r_over_beta("batch_mean", world)
 
 
 # --- commands
@@ -176,9 +179,9 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RLHF_RUNS", str(tmp_path / "runs"))
     # The working directory alone must be enough to find the module.
-    elsewhere = [place for place in sys.path if not (Path(place) / "reinforce.py").exists()]
+    elsewhere = [place for place in sys.path if not (Path(place) / "batch_mean.py").exists()]
     monkeypatch.setattr(sys, "path", elsewhere)
-    monkeypatch.delitem(sys.modules, "reinforce", raising=False)
+    monkeypatch.delitem(sys.modules, "batch_mean", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     return tmp_path
 
@@ -225,7 +228,7 @@ def test_every_make_target_shown_is_a_target() -> None:
 # --- names
 
 CREATED = {
-    f"{folder}/reinforce.{kind}"
+    f"{folder}/batch_mean.{kind}"
     for folder, kind in (
         ("rlhf_cli/algos", "py"),
         ("conf/algo", "yaml"),

@@ -38,10 +38,12 @@ ROOMS: dict[str, str] = {
     "plan": "config core hub store",
     "words": "complaints config",
     "listing": "store",
+    "catalogue": "config",
     "stages": "core data models store engine evals track config",
+    "tools": "config data engine figures models store",
     "worker": "config core data engine stages store track",
     "launch": "config engine plan store worker",
-    "cli": "complaints config figures launch listing plan store words",
+    "cli": "catalogue complaints config figures launch listing plan store tools words",
 }
 """Room -> the rooms it may import beside itself, at any depth of the file, types included.
 
@@ -72,7 +74,9 @@ LIBRARIES: dict[str, str] = {
     "plan": "omegaconf rich",
     "words": "hydra omegaconf",
     "listing": "rich",
+    "catalogue": "omegaconf rich",
     "stages": "numpy rich torch transformers",
+    "tools": "rich torch transformers",
     "worker": "omegaconf rich torch transformers",
     "launch": "deepspeed omegaconf rich torch",
     "cli": "hydra omegaconf rich typer",

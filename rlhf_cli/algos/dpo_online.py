@@ -12,19 +12,31 @@ draws and a reward model labels, as compared in the P3O paper (arXiv:2310.00212)
 With soft or tossed labels the optimum is pi_ref exp(r/beta)/Z; with argmax labels a tabular policy has
 no optimum and runs away, so its beta is not comparable to that of the other methods. Which rule the P3O
 paper used is not stated; all three are here. More than two responses are compared in all pairs.
+
+`pair_loss: ipo` puts the square of IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17) in the place of the
+sigmoid, as Calandriello et al. 2024 (arXiv:2403.08635) do. A policy that learns from its own samples
+then rests where h(y) = E_{y' of pi} P(y > y') / beta + c: the equilibrium of the regularised game that
+Nash-MD plays against itself.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch.nn.functional import logsigmoid
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
-from rlhf_cli.core.pairs import pairs
-from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
+from rlhf_cli.core.preference import (
+    Label,
+    Norm,
+    PairLoss,
+    gaps,
+    labels,
+    preference_loss,
+    watched,
+)
+from rlhf_cli.core.rollout import Forward, Rollout
 from rlhf_cli.recipes import STRICT, Optim, Positive, Update
 
 
@@ -33,9 +45,13 @@ class OnlineDPO(Defaults):
     """DPO on the policy's own samples, labelled by the reward model."""
 
     beta: Positive
-    """Inverse temperature of the implicit reward, reward units per nat."""
-    label: Literal["argmax", "bernoulli", "soft"]
+    """Inverse temperature of the implicit reward, reward units per nat; IPO's tau."""
+    label: Label
     """How two scores become a preference."""
+    pair_loss: PairLoss
+    """sigmoid: DPO; ipo: IPO's square."""
+    ipo_norm: Norm
+    """Whether IPO's log-ratios are summed over a response's tokens or averaged."""
     responses: Annotated[int, Field(ge=2)]
     """Responses per prompt."""
     update: Update
@@ -52,29 +68,15 @@ class OnlineDPO(Defaults):
 
     def prepare(self, rollout: Rollout, state: State) -> tuple[Targets, State]:
         """Label every pair: [P,C] probability that its first response is preferred."""
-        assert rollout.score is not None
-        r1, r2 = pairs(rollout.score)
-        preference = (r1 - r2).sigmoid()
-        if self.label == "argmax":
-            preference = (r1 >= r2).to(preference)
-        elif self.label == "bernoulli":
-            # One coin per pair out of the two coins of its responses: the sum modulo 1 of
-            # independent uniforms is uniform.
-            c1, c2 = pairs(rollout.coin)
-            preference = ((c1 + c2) % 1.0 < preference).to(preference)
-        return Targets(label=preference), state
+        return Targets(label=labels(rollout, self.label)), state
 
     def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"policy": [P]}, the mean over the pairs of each prompt."""
-        assert rollout.logp_ref is not None and targets.label is not None
-        h1, h2 = pairs(sequence_sum(now.logp - rollout.logp_ref, rollout.mask))
-        margin = self.beta * (h1 - h2)
-        p = targets.label
-        return {"policy": (-p * logsigmoid(margin) - (1 - p) * logsigmoid(-margin)).mean(-1)}
+        assert targets.label is not None
+        gap = gaps(now, rollout, self.pair_loss, self.ipo_norm)
+        return {"policy": preference_loss(gap, targets.label, self.beta, self.pair_loss).mean(-1)}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"accuracy": [P], "margin": [P]}: implicit reward against label, and its size in nats."""
-        assert rollout.logp_ref is not None and targets.label is not None
-        h1, h2 = pairs(sequence_sum(now.logp - rollout.logp_ref, rollout.mask))
-        agrees = (h1 > h2) == (targets.label > 0.5)
-        return {"accuracy": agrees.float().mean(-1), "margin": (h1 - h2).abs().mean(-1)}
+        assert targets.label is not None
+        return watched(gaps(now, rollout, self.pair_loss, self.ipo_norm), targets.label)

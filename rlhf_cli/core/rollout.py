@@ -6,10 +6,13 @@ the right), L tokens of prompt and response together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Source = Literal["policy", "ref", "greedy", "mixture", "dataset", "mismatch", "demo"]
 """policy, ref: drawn from it; greedy: the policy's most likely tokens; mixture: drawn from a geometric
@@ -64,6 +67,25 @@ class Rollout:
         }
         return replace(self, **picked)  # type: ignore[arg-type]
 
+    @staticmethod
+    def join(rollouts: Sequence[Rollout]) -> Rollout:
+        """The prompts of several rollouts with equal sources, their prompt columns padded alike."""
+        width = max(each.tokens.shape[-1] for each in rollouts)
+
+        def wide(x: Tensor) -> Tensor:
+            return pad(x, (width - x.shape[-1], 0))
+
+        rollouts = [
+            replace(each, tokens=wide(each.tokens), attention=wide(each.attention))
+            for each in rollouts
+        ]
+        joined = {
+            f.name: torch.cat([getattr(each, f.name) for each in rollouts])
+            for f in fields(rollouts[0])
+            if isinstance(getattr(rollouts[0], f.name), Tensor)
+        }
+        return replace(rollouts[0], **joined)  # type: ignore[arg-type]
+
     def trim(self, length: int) -> Rollout:
         """The same rollout without the response columns past `length`; they must be padding."""
         cut = {
@@ -92,6 +114,8 @@ class Forward:
     """[P,G,T,V] log pi_ref likewise, without gradient."""
     q: Tensor | None = None
     """[P,G,T,V] Q(s, a)."""
+    q_taken: Tensor | None = None
+    """[P,G,T] Q of the token that was chosen."""
 
 
 def sequence_sum(per_token: Tensor, mask: Tensor) -> Tensor:

@@ -22,6 +22,34 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Reply:
+    """What a task answers to a turn of the assistant."""
+
+    text: str
+    """What stands in the transcript between this turn and the next; empty once the dialogue is over."""
+    reward: float
+    """What the turn is paid."""
+    done: bool
+    """Whether the dialogue is over."""
+
+
+class Task(Protocol):
+    """The other side of a dialogue, which also pays; pure, so that any process can play any part of it."""
+
+    @property
+    def max_turns(self) -> int:
+        """Turns of the assistant after which a dialogue is over in any case."""
+        ...
+
+    def reply(self, prompt: str, turns: Sequence[str]) -> Reply:
+        """To the last of the assistant's turns since the prompt.
+
+        Raises ValueError if the prompt is none of the task's, or if the dialogue was over before.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class Demo:
     """One answer to learn from by imitation."""
 
@@ -58,6 +86,8 @@ class Corpus:
     drops: Mapping[str, tuple[str, ...]]
     """Why rows were left out, and which: cause -> "file:line"."""
     gold: Gold | None
+    task: Task | None = None
+    """Who answers where a prompt opens a dialogue; None where the first answer is the last."""
     digest: str = field(init=False)
     """SHA-256 over every row of both splits, order included."""
 
@@ -76,6 +106,11 @@ class Dataset(Protocol):
     @property
     def title(self) -> str:
         """`Corpus.title`, known without loading."""
+        ...
+
+    @property
+    def pays(self) -> bool:
+        """Whether its task pays for what is said; then no reward model is in the chain."""
         ...
 
     @property

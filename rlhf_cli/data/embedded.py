@@ -45,15 +45,15 @@ class Embedded:
 
 def generate(title: str, knobs: Embedded, pose: Poser, write: Writer, gold: Gold) -> Corpus:
     """A corpus whose held-out prompts do not occur in its training split."""
-    heldout = _distinct(pose, knobs.heldout, Random(f"{knobs.seed} heldout prompts"), set())
-    train = _distinct(pose, knobs.prompts, Random(f"{knobs.seed} train prompts"), set(heldout))
+    heldout = distinct(pose, knobs.heldout, Random(f"{knobs.seed} heldout prompts"), set())
+    train = distinct(pose, knobs.prompts, Random(f"{knobs.seed} train prompts"), set(heldout))
 
     def split(part: str, prompts: list[str], demos: int, pairs: int) -> Split:
         rng = Random(f"{knobs.seed} {part} demos")
         written = [Demo(p, write(p, rng)) for p in _take(prompts, demos)]
         rng = Random(f"{knobs.seed} {part} pairs")
         judged = [
-            _preference(p, write, gold, knobs.temperature, rng) for p in _take(prompts[::-1], pairs)
+            preference(p, write, gold, knobs.temperature, rng) for p in _take(prompts[::-1], pairs)
         ]
         return Split(tuple(written), tuple(judged), tuple(prompts))
 
@@ -79,7 +79,8 @@ def sentences(text: str) -> list[str]:
     return [" ".join(cut.split()) for cut in re.findall(r"[^.?!:]+[.?!]?", text) if cut.strip()]
 
 
-def _distinct(pose: Poser, count: int, rng: Random, taken: set[str]) -> list[str]:
+def distinct(pose: Poser, count: int, rng: Random, taken: set[str]) -> list[str]:
+    """`count` different prompts, none of them in `taken`."""
     found: dict[str, None] = {}
     while len(found) < count:
         prompt = pose(rng)
@@ -92,7 +93,7 @@ def _take(prompts: list[str], count: int) -> list[str]:
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
-def _preference(prompt: str, write: Writer, gold: Gold, temperature: float, rng: Random) -> Pair:
+def preference(prompt: str, write: Writer, gold: Gold, temperature: float, rng: Random) -> Pair:
     """Two different answers; the first wins with probability sigmoid(gold gap / temperature)."""
     first = second = write(prompt, rng)
     while second == first:

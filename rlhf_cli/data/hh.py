@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -50,6 +50,8 @@ class HH:
     """Longest response in tokens, the end token included."""
     embedded: Embedded
     """The generated corpus; read only if source is embedded."""
+
+    pays: ClassVar[bool] = False
 
     @property
     def title(self) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -60,6 +60,8 @@ class TLDR:
     """Longest response in tokens, the end token included."""
     embedded: Embedded
     """The generated corpus; read only if source is embedded."""
+
+    pays: ClassVar[bool] = False
 
     @property
     def title(self) -> str:

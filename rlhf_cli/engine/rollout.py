@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.core.rollout import Rollout, Source
+from rlhf_cli.engine.dialogue import Line, Partner, converse
 from rlhf_cli.engine.forward import Rows, per_row, per_token
 from rlhf_cli.engine.sampler import Expert, draw, left_pad, uniforms
 from rlhf_cli.engine.world import World
@@ -38,6 +39,8 @@ class Asked:
     prompt: Sequence[int]
     given: tuple[Sequence[int], ...] = ()
     """One per source that is not drawn, in the order of `Sampling.sources`."""
+    text: str = ""
+    """The prompt as text, for a task that replies to it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Collector:
     """Temperature of what is drawn from the policy, and noise of its scores."""
     learned_reward: bool = False
     """Whether scores are those of the actor's own reward model."""
+    partner: Partner | None = None
+    """Who replies to a turn of the policy and pays for it; None where one response is all there is."""
     soft_beta: float | None = None
     """Coefficient of the entropy in the soft values of a Q network; None without one."""
 
@@ -75,9 +80,11 @@ class Collector:
         # The last uniforms of each row are its coin and its noise.
         uniform = uniforms(self.seed, stream, step, rows, self.max_response_tokens + 2)
         width = max(len(each.prompt) for each in asked)
-        tokens, attention, mask = self._answers(actor, asked[mine], sampling, uniform, width)
+        tokens, attention, mask, *paid = self._answers(actor, asked[mine], sampling, uniform, width)
         drew = time.perf_counter()
         said = self._ask(actor, tokens, attention, mask)
+        if paid:
+            said |= {"reward": paid[0], "score": paid[0].sum(-1)}
         said["coin"] = uniform[:, -2].to(self.world.device)
         if "score" in said and self.drawing.noise > 0:
             normal = torch.special.ndtri(uniform[:, -1].clamp(1e-6, 1 - 1e-6).double()).float()
@@ -103,30 +110,74 @@ class Collector:
         sampling: Sampling,
         uniform: Tensor,
         width: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens [P*G,L], attention [P*G,L] and mask [P*G,T] of all responses, drawn and given."""
+    ) -> tuple[Tensor, ...]:
+        """tokens [P*G,L], attention [P*G,L] and mask [P*G,T] of all responses, drawn and given.
+
+        If a partner pays for what is drawn, also that, [P*G,T].
+        """
         sources = sampling.sources
         laws = self._laws(actor, sampling)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = [()] * len(sources)  # type: ignore[list-item]
+        parts: list[tuple[Tensor, ...]] = [()] * len(sources)
         by_place = uniform[:, :-2].unflatten(0, (len(asked), len(sources)))
         end, pad = int(self.tokenizer.eos_token_id), int(self.tokenizer.pad_token_id)
         prompts = [each.prompt for each in asked]
         for source, (experts, temperature) in laws.items():
             places = [g for g, s in enumerate(sources) if s == source]
-            drawn = draw(
-                experts, prompts, len(places), by_place[:, places].flatten(0, 1), width, end, pad,
-                temperature,
-            )  # fmt: skip
-            three = (drawn.tokens, drawn.attention, drawn.mask)
-            split = [t.clone().unflatten(0, (len(asked), len(places))) for t in three]
+            rows = by_place[:, places].flatten(0, 1)
+            if self.partner is not None:
+                said = self._dialogues(experts, temperature, asked, len(places), rows, width)
+            else:
+                drawn = draw(experts, prompts, len(places), rows, width, end, pad, temperature)
+                said = tuple(t.clone() for t in (drawn.tokens, drawn.attention, drawn.mask))
+            split = [t.unflatten(0, (len(asked), len(places))) for t in said]
             for i, g in enumerate(places):
                 parts[g] = tuple(t[:, i] for t in split)
         given = [g for g, source in enumerate(sources) if source not in laws]
         for i, g in enumerate(given):
             responses = [each.given[i] for each in asked]
             laid = self._laid_out(prompts, responses, width, pad)
-            parts[g] = tuple(t.to(self.world.device) for t in laid)  # type: ignore[assignment]
-        return tuple(torch.stack(ts, 1).flatten(0, 1) for ts in zip(*parts, strict=True))  # type: ignore[return-value]
+            # A demonstration of a task is a turn that nobody replied to: it was paid nothing.
+            paid = () if self.partner is None else (torch.zeros_like(laid[2]),)
+            parts[g] = tuple(t.to(self.world.device) for t in (*laid, *paid))
+        return tuple(torch.stack(ts, 1).flatten(0, 1) for ts in zip(*parts, strict=True))
+
+    def _dialogues(
+        self,
+        experts: Sequence[Expert],
+        temperature: float,
+        asked: Sequence[Asked],
+        each: int,
+        uniform: Tensor,
+        width: int,
+    ) -> tuple[Tensor, ...]:
+        """As `draw`, for `each` dialogues per prompt instead of responses, and what was paid [n,T]."""
+        assert self.partner is not None
+        end, pad = int(self.tokenizer.eos_token_id), int(self.tokenizer.pad_token_id)
+        lines = [Line(a.text, list(a.prompt)) for a in asked for _ in range(each)]
+
+        def turns(contexts: list[list[int]], ahead: Tensor) -> list[list[int]]:
+            widest = max(map(len, contexts))
+            drawn = draw(experts, contexts, 1, ahead, widest, end, pad, temperature)
+            ids = drawn.tokens[:, widest:]
+            return [row[m.bool()].tolist() for row, m in zip(ids, drawn.mask, strict=True)]
+
+        converse(lines, self.partner, turns, self._encode, self._decode, uniform, end)
+        prompts = [a.prompt for a in asked for _ in range(each)]
+        tokens, attention, mask = self._laid_out(prompts, [x.ids for x in lines], width, pad)
+        paid = torch.zeros_like(mask)
+        for row, line in enumerate(lines):
+            length = len(line.ids)
+            attention[row, width : width + length] = torch.tensor(line.attention)
+            mask[row, :length] = torch.tensor(line.mask)
+            paid[row, :length] = torch.tensor(line.reward)
+        return tuple(t.to(self.world.device) for t in (tokens, attention, mask, paid))
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _laws(
         self, actor: Actor, sampling: Sampling
@@ -183,7 +234,7 @@ class Collector:
             if model is not None
         }
         reward = actor.reward if self.learned_reward else self.judges.reward
-        if reward is not None:
+        if reward is not None and self.partner is None:
             said["score"] = per_row(lambda r: reward(r.tokens, r.attention), *batch)
             if self.unended is not None:
                 cut = said["score"] + self.unended if self.unended_adds else self.unended
@@ -208,10 +259,10 @@ class Collector:
         return (logps.exp() * (q - self.soft_beta * (logps - ref))).sum(-1)
 
     def texts(self, rollout: Rollout) -> list[str]:
-        """Decoded responses, prompt by prompt, without the end token."""
+        """Decoded responses, prompt by prompt, without end tokens; dialogues with the replies in them."""
         longest = rollout.mask.shape[-1]
         ids = rollout.tokens.flatten(0, 1)[:, -longest:]
-        kept = rollout.mask.flatten(0, 1).bool()
+        kept = rollout.attention.flatten(0, 1)[:, -longest:].bool()
         return self.tokenizer.batch_decode(
             [row[m].tolist() for row, m in zip(ids, kept, strict=True)], skip_special_tokens=True
         )

@@ -57,7 +57,9 @@ class Evaluator:
         """The `eval/` metrics of a policy, and one row per prompt with the response behind them."""
         texts, world = self.prompts, self.ctx.world
         longest = self.ctx.recipe.data.max_prompt_tokens
-        ids = [Asked(prompt_ids(self.collector.tokenizer, text, longest)) for text in texts]
+        ids = [
+            Asked(prompt_ids(self.collector.tokenizer, text, longest), text=text) for text in texts
+        ]
         # Processes share prompts evenly: the last one is repeated as often as that takes.
         padded = ids + ids[-1:] * (-len(ids) % world.size)
         rollout, _ = self.collector.collect(actor, padded, Sampling(policy=1), "eval", 0)
@@ -75,7 +77,9 @@ class Evaluator:
         if self.ctx.recipe.eval.exact_kl:
             columns["kl_exact"] = self._exact(actor, rollout)
         responses = self.collector.texts(rollout)
-        if self.ctx.corpus.gold is not None:
+        if rollout.reward is not None:
+            columns["gold"] = columns["score"]  # what a task pays is no proxy of anything
+        elif self.ctx.corpus.gold is not None:
             columns["gold"] = torch.tensor(self.ctx.corpus.gold(texts, responses))
         rows = [
             {"prompt": text, "response": response, **{k: float(v[i]) for k, v in columns.items()}}

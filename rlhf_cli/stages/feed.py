@@ -55,4 +55,5 @@ class Feed:
             tuple(
                 response_ids(self.tokenizer, text, self.data.max_response_tokens) for text in texts
             ),
+            prompt,
         )

@@ -25,7 +25,7 @@ from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import shuffled
 from rlhf_cli.engine.rollout import Collector, Judges
 from rlhf_cli.models.heads import Actor, Scorer, next_logits
-from rlhf_cli.models.load import load_policy, load_reward_model, zero_head
+from rlhf_cli.models.load import load_policy, load_reward_model, new_reward_model, zero_head
 from rlhf_cli.models.tokenizer import load_tokenizer
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context, check_finite
@@ -119,6 +119,10 @@ def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
         return load_policy(ctx.final(parent), precision, tokenizer)
 
     def scorer():  # type: ignore[no-untyped-def]
+        if (
+            "reward" not in ctx.parents
+        ):  # a task pays: nothing to start a critic from but the policy
+            return new_reward_model(recipe.model, ctx.final("sft"), tokenizer, recipe.seed)
         return load_reward_model(ctx.final("reward"), recipe.reward.model.precision, tokenizer)
 
     has_q = Model.Q in algo.needs
@@ -146,6 +150,7 @@ def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
         unended_adds=recipe.reward.unended_adds,
         drawing=recipe.rollout,
         learned_reward=algo.trains_reward,
+        partner=ctx.corpus.task,
         soft_beta=algo.beta if has_q else None,  # type: ignore[attr-defined]
     )
     learner = Learner(actor, algo.optim, steps, recipe.launch, ctx.world, precision, rates)

@@ -49,6 +49,12 @@ VOCABULARY: dict[str, Metric] = {
     "train/loss": Metric("loss", "what was minimised, averaged over the updates of the step"),
     "train/policy": Metric("loss", "the policy's part of train/loss"),
     "train/value": Metric("loss", "the critic's part of train/loss"),
+    "train/entropy_loss": Metric("loss", "the entropy's part of train/loss"),
+    "train/demo": Metric("loss", "the demonstrations' part of train/loss"),
+    "train/preference": Metric("loss", "the preference pairs' part of train/loss"),
+    "train/demo_accuracy": Metric("share", "samples scored below the prompt's demonstration"),
+    "train/demo_gap": Metric("reward", "score of a demonstration over that of a sample"),
+    "train/penalty": Metric("loss", "the KL penalty's part of train/loss"),
     "train/kl": Metric(
         "nats", "sequence KL of the sampling policy to the SFT policy on the rollout"
     ),
@@ -58,8 +64,18 @@ VOCABULARY: dict[str, Metric] = {
     "train/clip_fraction": Metric("share", "policy terms whose gradient the clipping cut"),
     "train/value_clip_fraction": Metric("share", "critic terms beyond their clip range"),
     "train/value_error": Metric("reward^2", "squared error of the critic"),
+    "train/guide_reward": Metric("reward", "what the guide policy pays for a token"),
+    "train/selected": Metric("share", "responses of the rollout that are learned from"),
     "train/accuracy": Metric("share", "pairs ranked as labelled"),
     "train/margin": Metric("nats", "gap between the log-ratios of the responses of a pair"),
+    "train/regularised_variance": Metric(
+        "reward^2", "r - beta h over the responses to a prompt: 0 where the policy is optimal"
+    ),
+    "train/baseline": Metric("nats", "log-ratio above which a response counts as a gain"),
+    "train/nll": Metric("nats", "surprise at the preferred response, per token"),
+    "train/win_rate": Metric("share", "chance that the policy's response beats its opponent's"),
+    "train/bonus": Metric("loss", "the exploration bonus's part of train/loss"),
+    "train/unheld": Metric("share", "pairs whose preference cannot hold the exploration bonus"),
     "train/log_ratio": Metric("nats", "|log pi - log pi_old| of a response: how stale it is"),
     "train/grad_norm": Metric("norm", "L2 norm of the whole gradient before clipping"),
     "train/lr": Metric("rate", "learning rate of the step's last update"),

@@ -13,7 +13,10 @@ from torch.nn.functional import pad
 from rlhf_cli.core.algorithm import Algorithm, Sampling, Terms
 from rlhf_cli.core.masked import averages, denominators
 from rlhf_cli.core.rollout import PER_TOKEN, Forward, Rollout
-from tests.algos.toys import leaf
+from tests.algos.toys import leaf, tensor
+
+VOCABULARY = 3
+"""Tokens there are."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Case:
         def wider(x: Tensor) -> Tensor:
             return torch.cat([x.detach(), fill(pad(x.detach(), (0, 3))[..., -3:])], -1)
 
+        def widened(x: Tensor) -> Tensor:
+            if x.dim() == 4:  # [P,G,T,V]
+                return wider(x.transpose(-1, -2)).transpose(-1, -2)
+            return wider(x) if x.dim() == 3 else x
+
         rollout = replace(
             self.rollout,
             mask=pad(self.rollout.mask, (0, 3)),
@@ -59,7 +67,7 @@ class Case:
                 if (value := getattr(self.rollout, name)) is not None
             },
         )
-        return Case(rollout, self.said(lambda x: wider(x) if x.dim() == 3 else x))
+        return Case(rollout, self.said(widened))
 
 
 def case(
@@ -106,7 +114,28 @@ def case(
     # Drawn last, so that the numbers above are the same with and without them.
     rollout = replace(rollout, logp_guide=ref + 0.3 * normal(*shape) * mask)
     entropy, score = normal(*shape).exp(), normal(prompts, responses)
-    return Case(rollout, replace(now, entropy=leaf(entropy), score=leaf(score)))
+    now = replace(now, entropy=leaf(entropy), score=leaf(score))
+    logps, logps_ref = (normal(*shape, VOCABULARY).log_softmax(-1) for _ in range(2))
+    q = 2 * normal(*shape, VOCABULARY)
+    every = {"logps": logps, "logps_ref": logps_ref, "q": q, "q_taken": q[..., 0]}
+    return Case(rollout, replace(now, **{word: leaf(x) for word, x in every.items()}))
+
+
+def dialogue(seed: int) -> Case:
+    """A draw per prompt in turns that are paid one by one; what the other side says is masked."""
+    one = case(seed, responses=1, tokens=9)
+    said = tensor([1, 1, 0, 0, 1, 1, 0, 1, 1])
+    ends = tensor([0, 1, 0, 0, 0, 1, 0, 0, 1])
+    assert one.rollout.score is not None
+    paid = one.rollout.score.unsqueeze(-1) * ends * torch.linspace(0.5, 1.5, 9).double()
+
+    def silenced(x: Tensor) -> Tensor:
+        if x.dim() == 3 and x.shape[-1] == 9:
+            return x * said
+        return x
+
+    silent = one.mapped(silenced)
+    return silent.with_rollout(reward=paid * silent.rollout.mask)
 
 
 def leaves(now: Forward) -> dict[str, Tensor]:

@@ -42,8 +42,10 @@ def numbers(one: Case) -> Numbers:
     return Numbers(
         **{word: getattr(rollout, word).tolist() for word in words},
         **{word: getattr(now, word).tolist() for word in ("logp", "value", "entropy")},
+        **{word: getattr(now, word).tolist() for word in ("logps", "logps_ref", "q", "q_taken")},
         score_now=now.score.tolist(),  # type: ignore[union-attr]
         source=rollout.source,
+        reward=None if rollout.reward is None else rollout.reward.tolist(),
     )
 
 
@@ -58,7 +60,8 @@ def agree(got: Verdict, expected: Answer, one: Case) -> None:
     near(got.loss, expected.loss)
     near(got.d_logp, expected.d_logp)
     near(got.d_value, expected.d_value)
-    for word, slope in (("entropy", expected.d_entropy), ("score", expected.d_score)):
+    for word in ("entropy", "score", "logps", "q", "q_taken"):
+        slope = getattr(expected, f"d_{word}")
         near(got.slopes[word], torch.zeros_like(got.slopes[word]) if slope is None else slope)
     watched = averages(got.watch, one.rollout.mask, denominators(one.rollout.mask))
     assert watched.keys() == expected.watch.keys()

@@ -15,9 +15,9 @@ from torch import Tensor
 from rlhf_cli.core.algorithm import Model
 from rlhf_cli.core.masked import averages, denominators
 from rlhf_cli.core.rollout import Forward
-from tests.algos.cases import Case, Verdict, case, judge, judge_side, leaves, twinned
+from tests.algos.cases import Case, Verdict, case, dialogue, judge, judge_side, leaves, twinned
 from tests.algos.discovery import FOLDER, NAMES, oracle, shipped
-from tests.algos.toys import tensor
+from tests.algos.toys import leaf, tensor
 
 EXACT = 1e-12
 """The same float64 numbers, added in another order."""
@@ -30,6 +30,15 @@ def cases(name: str) -> list[Case]:
     sampling = shipped(name).sampling()
     drawn = [case(s, sampling=sampling, spread=x) for s, x in ((1, 0.05), (2, 0.3), (3, 1.5))]
     return [*drawn, twinned(case(4, sampling=sampling))]
+
+
+def levelled(name: str) -> Case:
+    """All responses to the first prompt score alike."""
+    one = cases(name)[1]
+    assert one.rollout.score is not None
+    score = one.rollout.score.clone()
+    score[0] = score[0, 0]
+    return one.with_rollout(score=score)
 
 
 def scope(one: Case) -> tuple[Tensor, dict[int, float]]:
@@ -71,7 +80,8 @@ def test_gradient_is_finite_and_not_zero(name: str) -> None:
         verdict = judge(shipped(name), one)
         assert verdict.loss.isfinite()
         assert verdict.d_logp.isfinite().all() and verdict.d_value.isfinite().all()
-        assert verdict.d_logp.abs().max() > 1e-6
+        policy = "logps" if Model.Q in shipped(name).needs else "logp"
+        assert verdict.slopes[policy].abs().max() > 1e-6
 
 
 @every
@@ -91,14 +101,13 @@ def test_padding_is_silent_whatever_finite_numbers_it_holds(name: str) -> None:
             wide = judge(shipped(name), one.with_columns(fill))
             tokens = one.rollout.mask.shape[-1]
             assert abs(wide.loss - bare.loss) <= EXACT * (1 + bare.loss.abs())
-            torch.testing.assert_close(
-                wide.d_logp[..., :tokens], bare.d_logp, atol=EXACT, rtol=EXACT
-            )
-            torch.testing.assert_close(
-                wide.d_value[..., :tokens], bare.d_value, atol=EXACT, rtol=EXACT
-            )
-            assert wide.d_logp[..., tokens:].abs().max() == 0
-            assert wide.d_value[..., tokens:].abs().max() == 0
+            for word, slope in bare.slopes.items():
+                if slope.dim() < 3:
+                    torch.testing.assert_close(wide.slopes[word], slope, atol=EXACT, rtol=EXACT)
+                    continue
+                kept, past = wide.slopes[word].split([tokens, 3], dim=2)
+                torch.testing.assert_close(kept, slope, atol=EXACT, rtol=EXACT)
+                assert past.abs().max() == 0, word
             watched = averages(wide.watch, *scope(one.with_columns(fill)))
             for word, value in averages(bare.watch, *scope(one)).items():
                 torch.testing.assert_close(watched[word], value, atol=1e-6, rtol=0)
@@ -191,18 +200,22 @@ FILLS = {
     Model.REWARD: "score",
     Model.CRITIC: "value_old",
     Model.GUIDE: "logp_guide",
+    Model.Q: "value_old",
 }
 """Which tensor of the rollout each model fills."""
 
 
 def said_to(algorithm: Any, one: Case) -> Case:
     """The case with only what the engine would fill for this algorithm."""
-    absent = {word: None for model, word in FILLS.items() if model not in algorithm.needs}
+    filled = {word for model, word in FILLS.items() if model in algorithm.needs}
+    absent = {word: None for word in FILLS.values() if word not in filled}
+    has_q = Model.Q in algorithm.needs
     asked = {
         "logp": True,
         "value": Model.CRITIC in algorithm.needs,
         "entropy": algorithm.wants_entropy(),
         "score": algorithm.trains_reward,
+        **dict.fromkeys(("logps", "logps_ref", "q", "q_taken"), has_q),
     }
     now = Forward(**{word: x for word, x in leaves(one.now).items() if asked[word]})
     return replace(one.with_rollout(**absent), now=now)
@@ -225,13 +238,34 @@ def test_tensors_it_did_not_ask_for_are_not_read(name: str) -> None:
 @every
 def test_models_it_asked_for_matter(name: str) -> None:
     algorithm = shipped(name)
-    one = case(1, sampling=algorithm.sampling())
-    before = judge(algorithm, one)
     for model in algorithm.needs & FILLS.keys():
-        value = getattr(one.rollout, FILLS[model])
-        wave = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).view(value.shape).sin()
-        moved = judge(algorithm, one.with_rollout(**{FILLS[model]: value + wave}))
-        assert gap(before, moved) > 1e-6, f"{model} is asked for in vain"
+        # In several cases, since what only counts by rank may stay in order in one of them.
+        main = max(main_gap(algorithm, one, FILLS[model]) for one in cases(name))
+        assert max(main, side_gap(algorithm, FILLS[model])) > 1e-6, f"{model} is asked for in vain"
+
+
+def main_gap(algorithm: Any, one: Case, word: str) -> float:
+    """How far another `word` of the rollout moves the gradients."""
+    value = getattr(one.rollout, word)
+    wave = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).view(value.shape).sin()
+    moved = one.with_rollout(**{word: value + wave})
+    if word == "logp_ref":
+        # The reference speaks of all tokens too, to those who asked for a Q network.
+        assert one.now.logps_ref is not None
+        whole = one.now.logps_ref + wave.unsqueeze(-1) * torch.arange(3)
+        moved = replace(moved, now=replace(moved.now, logps_ref=leaf(whole)))
+    return gap(judge(algorithm, one), judge(algorithm, moved))
+
+
+def side_gap(algorithm: Any, word: str) -> float:
+    """How far another `word` of the rollout moves the gradients of the second stream, if any."""
+    if not algorithm.side().responses:
+        return 0.0
+    one = case(2, sampling=algorithm.side())
+    value = getattr(one.rollout, word)
+    wave = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).view(value.shape).sin()
+    moved = one.with_rollout(**{word: value + wave})
+    return gap(judge_side(algorithm, one), judge_side(algorithm, moved))
 
 
 # --- the second stream
@@ -261,6 +295,8 @@ READ_BY_THE_ENGINE = {
     "critic_lr",  # the critic's
     "critic_rollouts",  # how long the critic learns alone
     "reward_lr",  # the reward model's, where it learns
+    "q_lr",  # the Q network's
+    "tau",  # how slowly its copy follows
     "replay",  # how many rollouts are kept
     "guide",  # what trains the second policy
 }
@@ -306,7 +342,8 @@ def differs(algorithm: Any, other: Any, one: Case) -> bool:
     if len(before) != len(after):
         return True
     return any(
-        not torch.allclose(a, b, atol=1e-9, rtol=1e-9) for a, b in zip(before, after, strict=True)
+        a.shape != b.shape or not torch.allclose(a, b, atol=1e-9, rtol=1e-9)
+        for a, b in zip(before, after, strict=True)
     )
 
 
@@ -322,5 +359,7 @@ def test_no_hyperparameter_is_dead(name: str) -> None:
                 changed = replace(algorithm, **{word: value})
             except ValidationError:
                 continue
-            alive = alive or any(differs(algorithm, changed, one) for one in cases(name))
+            tried = [*cases(name), levelled(name)]
+            tried += [dialogue(5)] if Model.Q in algorithm.needs else []
+            alive = alive or any(differs(algorithm, changed, one) for one in tried)
         assert alive, f"{name}.{word} changes nothing"

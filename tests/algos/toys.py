@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from rlhf_cli.core.algorithm import Algorithm, Sampling
 from rlhf_cli.core.rollout import Forward, Rollout
@@ -49,6 +50,8 @@ class World:
     """[S,V] the guide policy's logits; the reference's if None."""
     demos: Tensor | None = None
     """[N] how often each response is demonstrated; as the optimum would answer if None."""
+    q: Tensor | None = None
+    """[S,V] what the Q network says; the policy's exact soft Q if None."""
 
     def logp(self, theta: Tensor) -> Tensor:
         """[N,T] log-probability of each token."""
@@ -113,7 +116,24 @@ class World:
         """What the policy theta says of a rollout; the critic and the reward model say nothing new."""
         logs = theta.log_softmax(-1)
         entropy = -(logs.exp() * logs).sum(-1)[self.state][draws]
-        return Forward(self.logp(theta)[draws], rollout.value_old, entropy, rollout.score)
+        q = self.soft_q(theta.detach()) if self.q is None else self.q
+        return Forward(
+            logp=self.logp(theta)[draws],
+            value=rollout.value_old,
+            entropy=entropy,
+            score=rollout.score,
+            logps=logs[self.state][draws],
+            logps_ref=self.ref.log_softmax(-1)[self.state][draws],
+            q=q[self.state][draws],
+            q_taken=q[self.state, self.token][draws],
+        )
+
+    def soft_q(self, theta: Tensor) -> Tensor:
+        """[S,V] reward to come after each token in each state, less what the tokens after it spend."""
+        table = torch.zeros_like(self.ref)
+        after = torch.cat([self.values(theta)[:, 1:], self.score.unsqueeze(-1)], -1)
+        table[self.state, self.token] = after
+        return table
 
     def chances(self, old: Tensor, draws: Tensor, sampling: Sampling | None = None) -> Tensor:
         """[P] probability of each row of `draws`, each response from its own source.
@@ -127,7 +147,7 @@ class World:
         laws = {
             "policy": now,
             "ref": ref,
-            "greedy": (self.probability(1e4 * old.log_softmax(-1)) > 0.5).double(),
+            "greedy": self.probability(one_hot(old.argmax(-1), old.shape[-1]).double().log()),
             "mixture": self.probability(mixed),
             "mismatch": ref,
             "demo": self.optimum() if self.demos is None else self.demos,

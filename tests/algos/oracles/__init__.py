@@ -39,6 +39,12 @@ class Numbers:
     entropy: Grid
     score_now: list[Row]
     source: tuple[str, ...]
+    logps: list[Grid]
+    """[p][g][t][v], like the next two."""
+    logps_ref: list[Grid]
+    q: list[Grid]
+    q_taken: Grid
+    reward: Grid | None = None
 
     def tokens(self) -> Iterator[tuple[int, int, int]]:
         """The places of all response tokens."""
@@ -73,7 +79,10 @@ class Answer:
     d_entropy: Grid | None = None
     """None where the algorithm does not look at it."""
     d_score: list[Row] | None = None
-    """Likewise."""
+    """Likewise, as the next three."""
+    d_logps: list[Grid] | None = None
+    d_q: list[Grid] | None = None
+    d_q_taken: Grid | None = None
 
     def push(self, one: Numbers, p: int, g: int, slope: float) -> None:
         """Add d loss / d h of one response to each of its tokens: h is their sum."""

@@ -1,0 +1,74 @@
+"""What a preference between two responses costs, as DPO and IPO count it."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlhf_cli.core.algorithm import Terms
+from rlhf_cli.core.pairs import pairs
+from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
+
+PairLoss: TypeAlias = Literal["sigmoid", "ipo"]
+Label: TypeAlias = Literal["argmax", "bernoulli", "soft"]
+Norm: TypeAlias = Literal["sum", "mean"]
+
+
+def sequence_mean(per_token: Tensor, mask: Tensor) -> Tensor:
+    """[P,G,T] -> [P,G]: mean over response tokens, 0 for an empty response."""
+    return sequence_sum(per_token, mask) / mask.sum(-1).clamp_min(1)
+
+
+def labels(rollout: Rollout, rule: Label) -> Tensor:
+    """[P,C] probability that the first of each pair is preferred, by the scores of the two.
+
+    argmax: 1[r1 > r2], ties to the first; bernoulli: a coin with sigma(r1 - r2); soft: sigma(r1 - r2).
+    """
+    assert rollout.score is not None
+    r1, r2 = pairs(rollout.score)
+    preference = (r1 - r2).sigmoid()
+    if rule == "argmax":
+        return (r1 >= r2).to(preference)
+    if rule == "bernoulli":
+        # One coin per pair out of the two coins of its responses: the sum modulo 1 of
+        # independent uniforms is uniform.
+        c1, c2 = pairs(rollout.coin)
+        return ((c1 + c2) % 1.0 < preference).to(preference)
+    return preference
+
+
+def preference_loss(gap: Tensor, label: Tensor | float, beta: float, pair_loss: PairLoss) -> Tensor:
+    """What each pair costs when its first response is preferred with probability `label`.
+
+        sigmoid   -p log sigma(beta gap) - (1 - p) log sigma(-beta gap)
+        ipo        p (gap - 1 / (2 beta))^2 + (1 - p) (gap + 1 / (2 beta))^2
+
+    gap: first minus second, nats; beta: reward units per nat. Same shape as gap. `label` may lie
+    outside [0, 1], where it undoes a known share of wrong labels.
+    """
+    if pair_loss == "ipo":
+        aim = 1 / (2 * beta)
+        return label * (gap - aim) ** 2 + (1 - label) * (gap + aim) ** 2
+    margin = beta * gap
+    return -label * logsigmoid(margin) - (1 - label) * logsigmoid(-margin)
+
+
+def gaps(
+    now: Forward, rollout: Rollout, pair_loss: PairLoss = "sigmoid", ipo_norm: Norm = "sum"
+) -> Tensor:
+    """[P,C] h1 - h2 of each pair, h = log pi - log pi_ref, nats.
+
+    Of whole responses; of the average token if `pair_loss` is ipo and `ipo_norm` is mean.
+    """
+    assert rollout.logp_ref is not None
+    level = sequence_mean if (pair_loss, ipo_norm) == ("ipo", "mean") else sequence_sum
+    h1, h2 = pairs(level(now.logp - rollout.logp_ref, rollout.mask))
+    return h1 - h2
+
+
+def watched(gap: Tensor, label: Tensor | float) -> Terms:
+    """{"accuracy": [P], "margin": [P]}: implicit reward against label, and its size in nats."""
+    agrees = (gap > 0) == (label > 0.5)
+    return {"accuracy": agrees.float().mean(-1), "margin": gap.abs().mean(-1)}
