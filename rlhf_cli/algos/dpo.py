@@ -32,7 +32,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, Targets, Terms
-from rlhf_cli.core.preference import Norm, PairLoss, gaps, preference_loss, watched
+from rlhf_cli.core.preference import (
+    Norm,
+    PairLoss,
+    gaps,
+    implicit_rewards,
+    preference_loss,
+    watched,
+)
 from rlhf_cli.core.rollout import Forward, Rollout
 from rlhf_cli.recipes import STRICT, Optim, Positive, Update
 
@@ -71,5 +78,6 @@ class DPO(Defaults):
         return {"policy": preference_loss(gap, label, self.beta, self.pair_loss).squeeze(-1)}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
-        """{"accuracy": [P], "margin": [P]}: whether the preferred one leads, and the size of the gap."""
-        return watched(gaps(now, rollout, self.pair_loss, self.ipo_norm), 1.0)
+        """{"accuracy", "margin", "implicit_chosen", "implicit_rejected"}, all [P]."""
+        seen = watched(gaps(now, rollout, self.pair_loss, self.ipo_norm), 1.0)
+        return {**seen, **implicit_rewards(now, rollout, 1.0, self.beta)}

@@ -32,6 +32,7 @@ from rlhf_cli.core.preference import (
     Norm,
     PairLoss,
     gaps,
+    implicit_rewards,
     labels,
     preference_loss,
     watched,
@@ -77,6 +78,7 @@ class OnlineDPO(Defaults):
         return {"policy": preference_loss(gap, targets.label, self.beta, self.pair_loss).mean(-1)}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
-        """{"accuracy": [P], "margin": [P]}: implicit reward against label, and its size in nats."""
+        """{"accuracy", "margin", "implicit_chosen", "implicit_rejected"}, all [P]."""
         assert targets.label is not None
-        return watched(gaps(now, rollout, self.pair_loss, self.ipo_norm), targets.label)
+        seen = watched(gaps(now, rollout, self.pair_loss, self.ipo_norm), targets.label)
+        return {**seen, **implicit_rewards(now, rollout, targets.label, self.beta)}

@@ -42,6 +42,7 @@ class P3O(Defaults):
     """P3O-V1 (`clipping: separate`) and P3O-V2 (`clipping: joint`)."""
 
     clipping: Literal["separate", "joint"]
+    """Whether each response of a pair is clipped by itself (V1) or the pair as one (V2)."""
     beta: NonNegative
     """KL coefficient, reward units per nat of sequence KL."""
     clip: Positive

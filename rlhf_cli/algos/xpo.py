@@ -32,7 +32,14 @@ from pydantic import ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
-from rlhf_cli.core.preference import Label, gaps, labels, preference_loss, watched
+from rlhf_cli.core.preference import (
+    Label,
+    gaps,
+    implicit_rewards,
+    labels,
+    preference_loss,
+    watched,
+)
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.recipes import STRICT, Count, NonNegative, Optim, Positive, Update
 
@@ -90,7 +97,9 @@ class XPO(Defaults):
         return {"policy": paired.squeeze(-1), "bonus": bonus}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
-        """{"accuracy": [P], "margin": [P], "unheld": [P]}."""
+        """{"accuracy", "margin", "implicit_chosen", "implicit_rejected", "unheld"}, all [P]."""
         assert targets.label is not None
         unheld = (self.alpha >= self.beta * (1 - targets.label)).float().squeeze(-1)
-        return {**watched(gaps(now, rollout), targets.label), "unheld": unheld}
+        seen = watched(gaps(now, rollout), targets.label)
+        traces = implicit_rewards(now, rollout, targets.label, self.beta)
+        return {**seen, **traces, "unheld": unheld}

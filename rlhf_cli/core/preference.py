@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -72,3 +73,22 @@ def watched(gap: Tensor, label: Tensor | float) -> Terms:
     """{"accuracy": [P], "margin": [P]}: implicit reward against label, and its size in nats."""
     agrees = (gap > 0) == (label > 0.5)
     return {"accuracy": agrees.float().mean(-1), "margin": gap.abs().mean(-1)}
+
+
+def implicit_rewards(
+    now: Forward, rollout: Rollout, label: Tensor | float, beta: float
+) -> dict[str, Tensor]:
+    """{"implicit_chosen": [P], "implicit_rejected": [P]}: beta h of the two, which only pairs compare.
+
+    Both usually fall. Under pi_ref, E[beta h] = -beta KL(pi_ref || pi) <= 0: a policy that moves away from
+    a reference that was fine-tuned on such responses must make them less likely on average, while the
+    gap between them grows (Rafailov et al. 2024, arXiv:2404.12358, section 5.3).
+    """
+    assert rollout.logp_ref is not None
+    h1, h2 = pairs(sequence_sum(now.logp - rollout.logp_ref, rollout.mask))
+    first = torch.as_tensor(label, device=h1.device) > 0.5
+    chosen, rejected = torch.where(first, h1, h2), torch.where(first, h2, h1)
+    return {
+        "implicit_chosen": beta * chosen.mean(-1),
+        "implicit_rejected": beta * rejected.mean(-1),
+    }

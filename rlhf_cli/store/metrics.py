@@ -68,6 +68,8 @@ VOCABULARY: dict[str, Metric] = {
     "train/selected": Metric("share", "responses of the rollout that are learned from"),
     "train/accuracy": Metric("share", "pairs ranked as labelled"),
     "train/margin": Metric("nats", "gap between the log-ratios of the responses of a pair"),
+    "train/implicit_chosen": Metric("reward", "beta log(pi / pi_ref) of preferred responses"),
+    "train/implicit_rejected": Metric("reward", "the same of the responses they are preferred to"),
     "train/regularised_variance": Metric(
         "reward^2", "r - beta h over the responses to a prompt: 0 where the policy is optimal"
     ),

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from rlhf_cli.core.algorithm import Sampling
+from rlhf_cli.core.algorithm import Sampling, Targets
 from rlhf_cli.core.rollout import Forward, Rollout
 from tests.algos.cases import Case, case, judge
 from tests.algos.discovery import tuned
@@ -610,3 +610,16 @@ def test_spin_is_dpo_with_the_last_iterate_as_reference() -> None:
     pair = pair.with_rollout(logp_ref=pair.rollout.logp_old, source=PAIR.sources)
     expected = judge(tuned("dpo", beta=0.3), pair)
     torch.testing.assert_close(got.d_logp, expected.d_logp.flip(1), atol=EXACT, rtol=EXACT)
+
+
+def test_the_implicit_reward_falls_on_average_where_the_reference_would_answer() -> None:
+    """E under pi_ref of beta h is -beta KL(pi_ref || pi): Toy B at its optimum, -0.421601."""
+    theta = tensor([[0.156559, 0.843441], [0.945179, 0.054821], [0.012294, 0.987706]]).log()
+    draws = TREE.draws(2)
+    rollout = TREE.rollout(TREE.ref, draws, tuned("dpo").sampling())
+    seen = tuned("dpo", beta=TREE.beta).watch(TREE.now(theta, rollout, draws), rollout, Targets())
+    chance = TREE.chances(TREE.ref, draws)  # both sides drawn from the reference
+    for word in ("implicit_chosen", "implicit_rejected"):
+        close((chance * seen[word]).sum(), -0.421601, 2e-6)  # the table has six decimals
+    apart = seen["implicit_chosen"] - seen["implicit_rejected"]
+    close(apart.abs(), (TREE.beta * seen["margin"]).tolist(), 1e-12)

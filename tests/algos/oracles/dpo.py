@@ -66,7 +66,8 @@ def compared(algorithm: object, one: Numbers, chance: dict[tuple[int, int, int],
     """Every pair (p, i, j) costs by its gap and by the chance that i is preferred to j."""
     kind, beta = algorithm.pair_loss, algorithm.beta  # type: ignore[attr-defined]
     per_token = kind == "ipo" and algorithm.ipo_norm == "mean"  # type: ignore[attr-defined]
-    answer = Answer(0.0, one.zeros(), one.zeros(), {"accuracy": 0.0, "margin": 0.0})
+    words = ("accuracy", "margin", "implicit_chosen", "implicit_rejected")
+    answer = Answer(0.0, one.zeros(), one.zeros(), dict.fromkeys(words, 0.0))
     share = 1 / len(chance)
     for (p, i, j), prefers_i in chance.items():
         (h_i, move_i), (h_j, move_j) = (place(one, p, g, one.logp_ref, per_token) for g in (i, j))
@@ -76,6 +77,9 @@ def compared(algorithm: object, one: Numbers, chance: dict[tuple[int, int, int],
         answer.push(one, p, j, -share * slope * move_j)
         answer.watch["accuracy"] += share * ((h_i > h_j) == (prefers_i > 0.5))
         answer.watch["margin"] += share * abs(h_i - h_j)
+        better, worse = (i, j) if prefers_i > 0.5 else (j, i)
+        for word, g in (("implicit_chosen", better), ("implicit_rejected", worse)):
+            answer.watch[word] += share * beta * one.log_ratio(p, g, one.logp, one.logp_ref)
     return answer
 
 
