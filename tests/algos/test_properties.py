@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -111,6 +112,24 @@ def test_padding_is_silent_whatever_finite_numbers_it_holds(name: str) -> None:
             watched = averages(wide.watch, *scope(one.with_columns(fill)))
             for word, value in averages(bare.watch, *scope(one)).items():
                 torch.testing.assert_close(watched[word], value, atol=1e-6, rtol=0)
+
+
+@every
+def test_neither_the_order_of_prompts_nor_that_of_draws_from_one_source_matters(name: str) -> None:
+    algorithm = shipped(name)
+    for one in cases(name)[:3]:
+        sources = one.rollout.source
+        drawn = [g for g, s in enumerate(sources) if s in ("policy", "ref", "mixture")]
+        kinds = [sources[g] for g in drawn]
+        swapped = {g: drawn[len(drawn) - 1 - i] for i, g in enumerate(drawn)}
+        same = {g: to if kinds == kinds[::-1] else g for g, to in swapped.items()}
+        columns = [same.get(g, g) for g in range(len(sources))]
+        before = judge(algorithm, one)
+        for axis, order in ((0, [2, 0, 3, 1]), (1, columns)):
+            change = partial(torch.index_select, dim=axis, index=torch.tensor(order))
+            after = judge(algorithm, one.mapped(change))
+            torch.testing.assert_close(after.loss, before.loss, atol=EXACT, rtol=1e-11)
+            torch.testing.assert_close(after.d_logp, change(before.d_logp), atol=EXACT, rtol=1e-10)
 
 
 @every
