@@ -100,6 +100,8 @@ def _log_to(path: Path) -> None:
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
+    for old in root.handlers:
+        old.close()
     root.handlers = [handler]
     for name in ("DeepSpeed", "transformers", "datasets", "wandb"):
         logger = logging.getLogger(name)

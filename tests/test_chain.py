@@ -128,12 +128,23 @@ def exit_code(*words: str) -> int:
     return int(left.value.code or 0)
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "algo",
+    [
+        ["algo=ppo"],  # a critic
+        ["algo=reinforce"],  # remembers numbers
+        ["algo=copg", "algo.replay=3"],  # remembers rollouts
+        ["algo=aihf"],  # a reward model that learns, a second stream
+        ["algo=etpo", "algo.update.epochs=1"],  # a network and its slow copy
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(algo, tmp_path, monkeypatch):
     """Weights and metrics after a stop at step 5 of 8 equal those of a run without a stop."""
     from rlhf_cli.stages.context import Context
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = ["train", "algo=ppo", *TINY, "track=off"]
+    words = ["train", *algo, *TINY, "track=off"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert exit_code(*words, f"paths.runs={whole}") == 0
     report = Context.report
@@ -184,16 +195,22 @@ def test_two_launched_processes_learn_what_one_learns(tmp_path):
 
 
 def test_the_chain_runs_on_real_rows_with_a_real_checkpoint(tmp_path, shared_data):
+    """One algorithm for each thing the engine does, on genuine pairs and a genuine checkpoint."""
+    algos = ["p3o_v2", "ppo_max", "dpo", "kto", "xpo", "remax", "nash_md", "aihf", "etpo"]
     words = [
-        "train", "algo=p3o_v2", "data=hh", "data.source=path", f"data.path={shared_data}/hh-rlhf",
+        "train", "-m", f"algo={','.join(algos)}", "data=hh", "data.source=path", f"data.path={shared_data}/hh-rlhf",
         "model=custom", "model.regime=nano", f"model.name={shared_data}/models/stories260K-hf",
         "data.max_prompt_tokens=96", "data.max_response_tokens=24", "eval.prompts=12",
         "eval.points=1", "sft.epochs=0.02", "reward.epochs=0.02", "reward.calibration=16",
-        "algo.update.episodes=32", "algo.update.batch=16", "algo.update.minibatches=2", "track=off",
+        "algo.update.episodes=48", "algo.update.batch=24", "algo.update.minibatches=2", "track=off",
     ]  # fmt: skip
     done = rlhf(tmp_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = (tmp_path / "runs" / "rl").iterdir()
-    assert "gold" not in (path / "metrics.jsonl").read_text()
+    paths = list((tmp_path / "runs" / "rl").iterdir())
+    assert len(paths) == len(algos)
+    for path in paths:
+        assert Run(path).status() == "done"
+        assert "gold" not in (path / "metrics.jsonl").read_text()
+        assert {"eval/kl", "eval/reward"} <= read(path / "metrics.jsonl")[-1].keys()
     drops = Run(next((tmp_path / "runs" / "sft").iterdir())).manifest()["data"]["drops"]
     assert sum(drops.values()) >= 15
