@@ -10,6 +10,9 @@ of thousands of rows; `update.batch`, `epochs` and `minibatches` say how long on
 step of each, and so in a run of one step per rollout, u is 0 and the gradient is beta / 2 times that of
 supervised fine-tuning on the demonstrations, less a term whose mean is 0. At rest the policy is the
 distribution of the demonstrations, whatever beta is: there is no reward, and no pull to the reference.
+It can therefore gain only what the demonstrations have over the policy. On the embedded corpora they are
+of mixed quality on purpose, little better than the SFT policy, and so little is gained
+(docs/results/algorithms-nano.md).
 """
 
 from __future__ import annotations
