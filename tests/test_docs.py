@@ -89,7 +89,7 @@ def test_the_example_consists_of_a_module_a_yaml_and_an_oracle(tmp_path: Path) -
 
 
 def test_the_example_composes_with_its_own_values_and_the_shipped_budget(batch_mean: Any) -> None:
-    shipped = recipe(compose(["algo=p3o_v2"])).algo
+    shipped = recipe(compose(["algo=ppg"])).algo  # nothing there is its own
     assert (batch_mean.beta, batch_mean.responses, batch_mean.update.minibatches) == (0.1, 1, 1)
     assert batch_mean.update.episodes == shipped.update.episodes
     assert batch_mean.optim == shipped.optim
