@@ -199,7 +199,8 @@ def test_the_chain_runs_on_real_rows_with_a_real_checkpoint(tmp_path, shared_dat
     algos = ["p3o_v2", "ppo_max", "dpo", "kto", "xpo", "remax", "nash_md", "aihf", "etpo"]
     words = [
         "train", "-m", f"algo={','.join(algos)}", "data=hh",
-        "data.source=path", f"data.path={shared_data}/hh-rlhf", "model=custom", "model.regime=nano", f"model.name={shared_data}/models/stories260K-hf",
+        "data.source=path", f"data.path={shared_data}/hh-rlhf", "model=custom",
+        "model.regime=nano", f"model.name={shared_data}/models/stories260K-hf",
         "data.max_prompt_tokens=96", "data.max_response_tokens=24", "eval.prompts=12",
         "eval.points=1", "sft.epochs=0.02", "reward.epochs=0.02", "reward.calibration=16",
         "algo.update.episodes=48", "algo.update.batch=24", "algo.update.minibatches=2", "track=off",
