@@ -21,16 +21,16 @@ standard deviation; the scores here have standard deviation 1 under the SFT poli
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, TypeAlias
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
+from rlhf_cli.core.actor_critic import aims, value_error, value_loss
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.kl import ratio
-from rlhf_cli.core.masked import whiten
-from rlhf_cli.core.returns import at_last_token, gae
+from rlhf_cli.core.returns import paid
 from rlhf_cli.core.rollout import Forward, Rollout
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Share, Update
 
@@ -73,7 +73,8 @@ class APA(Defaults):
         """{"policy": [P,G,T], "value": [P,G,T]}."""
         assert rollout.logp_ref is not None and targets.advantage is not None
         left = now.logp - rollout.logp_ref - targets.advantage / self.beta
-        return {"policy": left**2, "value": self.value_coef * 0.5 * value_error(now, targets)}
+        value = value_loss(now, rollout, targets, eps=None)
+        return {"policy": left**2, "value": self.value_coef * value}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"value_error": [P,G,T]}."""
@@ -118,7 +119,8 @@ class AWR(Defaults):
         """{"policy": [P,G,T], "value": [P,G,T]}."""
         assert targets.advantage is not None
         policy = -ratio(targets.advantage / self.beta) * now.logp
-        return {"policy": policy, "value": self.value_coef * 0.5 * value_error(now, targets)}
+        value = value_loss(now, rollout, targets, eps=None)
+        return {"policy": policy, "value": self.value_coef * value}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"value_error": [P,G,T]}."""
@@ -130,18 +132,11 @@ Weighted: TypeAlias = APA | AWR
 
 def advantages(algorithm: Weighted, rollout: Rollout) -> Targets:
     """Advantages and returns of response tokens, [P,G,T], 0 elsewhere."""
-    assert rollout.score is not None and rollout.value_old is not None
-    mask, value = rollout.mask, rollout.value_old
-    raw = gae(at_last_token(rollout.score, mask), value, mask, algorithm.gamma, algorithm.lam)
-    advantage = whiten(raw, mask) if algorithm.normalize_adv else raw
+    mask, beta = rollout.mask, algorithm.beta
+    targets = aims(paid(rollout), rollout, algorithm.gamma, algorithm.lam, algorithm.normalize_adv)
     if algorithm.subtract_log_z:
-        exponent = (advantage / algorithm.beta).masked_fill(mask == 0, -torch.inf)
+        assert targets.advantage is not None
+        exponent = (targets.advantage / beta).masked_fill(mask == 0, -torch.inf)
         log_z = exponent.flatten().logsumexp(0) - mask.sum().log()
-        advantage = (advantage - algorithm.beta * log_z) * mask
-    return Targets(advantage=advantage, returns=(raw + value) * mask)
-
-
-def value_error(now: Forward, targets: Targets) -> Tensor:
-    """[P,G,T] the critic's squared error."""
-    assert now.value is not None and targets.returns is not None
-    return (now.value - targets.returns) ** 2
+        targets = replace(targets, advantage=(targets.advantage - beta * log_z) * mask)
+    return targets

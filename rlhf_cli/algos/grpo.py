@@ -40,8 +40,9 @@ from torch import Tensor
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.groups import group_std
-from rlhf_cli.core.kl import k3, ratio
+from rlhf_cli.core.kl import k3
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
+from rlhf_cli.core.surrogate import surrogate, surrogate_cut
 from rlhf_cli.recipes import STRICT, Count, NonNegative, Optim, Positive, Share, Update
 
 
@@ -104,9 +105,9 @@ class GRPO(Defaults):
     def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"policy": [P,G,T] or [P,G], "penalty": likewise}."""
         assert targets.advantage is not None and rollout.logp_ref is not None
-        rho, advantage = self._ratio(now, rollout), targets.advantage.unsqueeze(-1)
-        clipped = rho.clamp(1 - self.clip_low, 1 + self.clip_high)
-        policy = torch.maximum(-advantage * rho, -advantage * clipped)
+        advantage = targets.advantage.unsqueeze(-1)
+        moved = self._moved(now, rollout)
+        policy = surrogate(moved, advantage, self.clip_low, self.clip_high)
         penalty = self.beta * k3(now.logp, rollout.logp_ref)
         return {
             "policy": self._aggregated(policy, rollout.mask),
@@ -116,19 +117,18 @@ class GRPO(Defaults):
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"clip_fraction": [P,G,T]}."""
         assert targets.advantage is not None
-        rho, advantage = self._ratio(now, rollout), targets.advantage.unsqueeze(-1)
-        up, down = rho > 1 + self.clip_high, rho < 1 - self.clip_low
-        cut = (up & (advantage > 0)) | (down & (advantage < 0))
-        return {"clip_fraction": cut.to(rollout.mask)}
+        advantage = targets.advantage.unsqueeze(-1)
+        moved = self._moved(now, rollout)
+        return {"clip_fraction": surrogate_cut(moved, advantage, self.clip_low, self.clip_high)}
 
-    def _ratio(self, now: Forward, rollout: Rollout) -> Tensor:
-        """[P,G,T] rho, the same on all tokens of a response if it is the sequence's."""
+    def _moved(self, now: Forward, rollout: Rollout) -> Tensor:
+        """[P,G,T] log rho, the same on all tokens of a response if it is the sequence's."""
         log_ratio = now.logp - rollout.logp_old
         if self.ratio_level == "sequence":
             length = rollout.mask.sum(-1).clamp_min(1)
             mean = sequence_sum(log_ratio, rollout.mask) / length
             log_ratio = mean.unsqueeze(-1).expand_as(log_ratio)
-        return ratio(log_ratio)
+        return log_ratio
 
     def _aggregated(self, per_token: Tensor, mask: Tensor) -> Tensor:
         """[P,G,T], or [P,G] if responses are averaged."""

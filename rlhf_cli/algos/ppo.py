@@ -39,13 +39,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from rlhf_cli.core.actor_critic import aims, surrogate, surrogate_cut, value_loss, value_moved
+from rlhf_cli.core.actor_critic import aims, value_error, value_loss, value_moved
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.kl import adapted
 from rlhf_cli.core.masked import whiten
 from rlhf_cli.core.moments import absorb, moments
 from rlhf_cli.core.returns import at_last_token
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
+from rlhf_cli.core.surrogate import surrogate, surrogate_cut
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Share, Update
 
 
@@ -136,10 +137,9 @@ class PPO(Defaults):
 
     def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"policy", "value", and "entropy_loss" if it counts}, all [P,G,T]."""
-        assert targets.advantage is not None and targets.returns is not None
-        assert now.value is not None and rollout.value_old is not None
+        assert targets.advantage is not None
         policy = surrogate(self._log_ratio(now, rollout), targets.advantage, self.clip)
-        value = value_loss(now.value, rollout.value_old, targets.returns, self.clip_value)
+        value = value_loss(now, rollout, targets, self.clip_value)
         terms = {"policy": policy, "value": self.value_coef * value}
         if self.wants_entropy():
             assert now.entropy is not None
@@ -150,13 +150,12 @@ class PPO(Defaults):
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """Clip fractions of policy and critic, and the critic's squared error, all [P,G,T]."""
-        assert targets.advantage is not None and targets.returns is not None
-        assert now.value is not None and rollout.value_old is not None
+        assert targets.advantage is not None
         log_ratio = self._log_ratio(now, rollout)
         return {
             "clip_fraction": surrogate_cut(log_ratio, targets.advantage, self.clip),
-            "value_clip_fraction": value_moved(now.value, rollout.value_old, self.clip_value),
-            "value_error": (now.value - targets.returns) ** 2,
+            "value_clip_fraction": value_moved(now, rollout, self.clip_value),
+            "value_error": value_error(now, targets),
         }
 
     def side_loss(self, now: Forward, rollout: Rollout) -> Terms:

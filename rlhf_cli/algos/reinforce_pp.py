@@ -21,15 +21,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic.dataclasses import dataclass
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
-from rlhf_cli.core.kl import ratio
 from rlhf_cli.core.masked import whiten
 from rlhf_cli.core.returns import to_go
 from rlhf_cli.core.rollout import Forward, Rollout
 from rlhf_cli.core.shaping import token_reward
+from rlhf_cli.core.surrogate import surrogate, surrogate_cut
 from rlhf_cli.recipes import STRICT, Count, NonNegative, Optim, Positive, Update
 
 
@@ -67,13 +66,11 @@ class ReinforcePP(Defaults):
     def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"policy": [P,G,T]}."""
         assert targets.advantage is not None
-        rho = ratio(now.logp - rollout.logp_old)
-        near = rho.clamp(1 - self.clip, 1 + self.clip)
-        return {"policy": torch.maximum(-targets.advantage * rho, -targets.advantage * near)}
+        moved = now.logp - rollout.logp_old
+        return {"policy": surrogate(moved, targets.advantage, self.clip)}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"clip_fraction": [P,G,T]}."""
         assert targets.advantage is not None
-        rho = ratio(now.logp - rollout.logp_old)
-        cut = torch.where(targets.advantage > 0, rho > 1 + self.clip, rho < 1 - self.clip)
-        return {"clip_fraction": cut.float()}
+        moved = now.logp - rollout.logp_old
+        return {"clip_fraction": surrogate_cut(moved, targets.advantage, self.clip)}

@@ -25,17 +25,16 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.groups import leave_one_out
-from rlhf_cli.core.kl import ratio
 from rlhf_cli.core.returns import to_go
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.core.shaping import sequence_reward
+from rlhf_cli.core.surrogate import surrogate, surrogate_cut
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Update
 
 
@@ -83,9 +82,7 @@ class RLOO(Defaults):
             logp = now.logp if advantage.dim() == 3 else sequence_sum(now.logp, rollout.mask)
             term = -advantage * logp
         else:
-            rho = self._rho(now, rollout, advantage)
-            near = rho.clamp(1 - self.clip, 1 + self.clip)
-            term = torch.maximum(-advantage * rho, -advantage * near)
+            term = surrogate(self._moved(now, rollout, advantage), advantage, self.clip)
         return {"policy": sequence_sum(term, rollout.mask) if term.dim() == 3 else term}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
@@ -93,11 +90,10 @@ class RLOO(Defaults):
         assert targets.advantage is not None
         if self.ratio == "none":
             return {}
-        rho = self._rho(now, rollout, targets.advantage)
-        cut = torch.where(targets.advantage > 0, rho > 1 + self.clip, rho < 1 - self.clip)
-        return {"clip_fraction": cut.float()}
+        moved = self._moved(now, rollout, targets.advantage)
+        return {"clip_fraction": surrogate_cut(moved, targets.advantage, self.clip)}
 
-    def _rho(self, now: Forward, rollout: Rollout, advantage: Tensor) -> Tensor:
-        """pi / pi_old of the responses, or of the tokens, as the advantage has it."""
+    def _moved(self, now: Forward, rollout: Rollout, advantage: Tensor) -> Tensor:
+        """log pi - log pi_old of the responses, or of the tokens, as the advantage has it."""
         moved = now.logp - rollout.logp_old
-        return ratio(moved if advantage.dim() == 3 else sequence_sum(moved, rollout.mask))
+        return moved if advantage.dim() == 3 else sequence_sum(moved, rollout.mask)

@@ -24,10 +24,11 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from rlhf_cli.core.actor_critic import aims, surrogate, surrogate_cut, value_loss, value_moved
+from rlhf_cli.core.actor_critic import aims, value_error, value_loss, value_moved
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.returns import at_last_token
 from rlhf_cli.core.rollout import Forward, Rollout
+from rlhf_cli.core.surrogate import surrogate, surrogate_cut
 from rlhf_cli.recipes import STRICT, Guide, NonNegative, Optim, Positive, Share, Update
 
 
@@ -87,21 +88,19 @@ class RTO(Defaults):
 
     def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"policy": [P,G,T], "value": [P,G,T]}."""
-        assert targets.advantage is not None and targets.returns is not None
-        assert now.value is not None and rollout.value_old is not None
+        assert targets.advantage is not None
         policy = surrogate(now.logp - rollout.logp_old, targets.advantage, self.clip)
-        value = value_loss(now.value, rollout.value_old, targets.returns, self.clip_value)
+        value = value_loss(now, rollout, targets, self.clip_value)
         return {"policy": policy, "value": self.value_coef * value}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """As in PPO, and what the guide pays per token, all [P,G,T]."""
-        assert targets.advantage is not None and targets.returns is not None
-        assert now.value is not None and rollout.value_old is not None
+        assert targets.advantage is not None
         log_ratio = now.logp - rollout.logp_old
         return {
             "clip_fraction": surrogate_cut(log_ratio, targets.advantage, self.clip),
-            "value_clip_fraction": value_moved(now.value, rollout.value_old, self.clip_value),
-            "value_error": (now.value - targets.returns) ** 2,
+            "value_clip_fraction": value_moved(now, rollout, self.clip_value),
+            "value_error": value_error(now, targets),
             "guide_reward": self._dense(rollout),
         }
 

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from rlhf_cli.core.actor_critic import value_error, value_loss
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.returns import to_go
 from rlhf_cli.core.rollout import Forward, Rollout
@@ -57,12 +58,10 @@ class VanillaPG(Defaults):
 
     def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"policy": [P,G,T], "value": [P,G,T]}."""
-        assert targets.advantage is not None and targets.returns is not None
-        assert now.value is not None
-        error = (now.value - targets.returns) ** 2
-        return {"policy": -targets.advantage * now.logp, "value": self.value_coef * 0.5 * error}
+        assert targets.advantage is not None
+        value = value_loss(now, rollout, targets, eps=None)
+        return {"policy": -targets.advantage * now.logp, "value": self.value_coef * value}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"value_error": [P,G,T]}: the critic's squared error."""
-        assert targets.returns is not None and now.value is not None
-        return {"value_error": (now.value - targets.returns) ** 2}
+        return {"value_error": value_error(now, targets)}

@@ -105,11 +105,12 @@ def clipped(
     reach = float("inf") if algorithm.clip_value is None else algorithm.clip_value
     for p, g, t in places:
         a = held(white[p][g][t], limit)
-        rho = exp(one.logp[p][g][t] - drawer[p][g][t])
+        nats = one.logp[p][g][t] - drawer[p][g][t]
+        rho = exp(held(nats, 20.0))
         cut = rho > 1 + eps if a > 0 else rho < 1 - eps
         edge = 1 + eps if a > 0 else 1 - eps
         answer.loss -= a * (edge if cut else rho) / len(places)
-        answer.d_logp[p][g][t] = 0.0 if cut else -a * rho / len(places)
+        answer.d_logp[p][g][t] = 0.0 if cut or abs(nats) > 20 else -a * rho / len(places)
 
         ret = raw[p][g][t] + one.value_old[p][g][t]
         value, old = one.value[p][g][t], one.value_old[p][g][t]
