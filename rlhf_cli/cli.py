@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -116,8 +117,13 @@ def train(context: typer.Context) -> None:
         except Exception as error:
             if len(jobs) == 1:
                 raise
-            failures.append(f"{plan.steps[-1].path}: {error}")
-            print(f"error: {error}", file=sys.stderr)
+            said = str(error)
+            if not isinstance(error, (UserError, StageFailed)):
+                # A fault of ours: the others of the sweep go on, and this one says where it was.
+                traceback.print_exc()
+                said = f"{type(error).__name__}: {error}"
+            failures.append(f"{plan.steps[-1].path}: {said}")
+            print(f"error: {said}", file=sys.stderr)
             continue
         if plan.recipe.stage == "rl":
             print(f"next: rlhf frontier, rlhf show {plan.steps[-1].key}, rlhf runs")

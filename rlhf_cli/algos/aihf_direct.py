@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, Targets, Terms
-from rlhf_cli.core.preference import gaps, preference_loss, watched
+from rlhf_cli.core.preference import demo_lead, gaps, preference_loss, watched
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Update
 
@@ -96,7 +96,7 @@ class SelfPlayAIHF(Defaults):
 
     def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"policy": [P]}, demonstration against sample."""
-        return {"policy": self.demo_weight * _ranked(_learned(now, rollout), self.play_beta)}
+        return {"policy": self.demo_weight * _ranked(demo_lead(now, rollout), self.play_beta)}
 
     def side_loss(self, now: Forward, rollout: Rollout) -> Terms:
         """{"preference": [P]}."""
@@ -104,15 +104,9 @@ class SelfPlayAIHF(Defaults):
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"accuracy": [P], "margin": [P]} of demonstrations against samples."""
-        return watched(_learned(now, rollout), 1.0)
+        return watched(demo_lead(now, rollout), 1.0)
 
 
 def _ranked(gap: Tensor, beta: float) -> Tensor:
     """[P,1] -> [P]: -log sigma(beta gap)."""
     return preference_loss(gap, 1.0, beta, "sigmoid").squeeze(-1)
-
-
-def _learned(now: Forward, rollout: Rollout) -> Tensor:
-    """[P,1] d(y_E) - d(y): how much more the demonstration gained than the sample since the rollout."""
-    gained = sequence_sum(now.logp - rollout.logp_old, rollout.mask)
-    return gained[:, rollout.where("demo")] - gained[:, rollout.where("policy")]

@@ -20,11 +20,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, Targets, Terms
-from rlhf_cli.core.preference import preference_loss, watched
-from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
+from rlhf_cli.core.preference import demo_lead, preference_loss, watched
+from rlhf_cli.core.rollout import Forward, Rollout
 from rlhf_cli.recipes import STRICT, Optim, Positive, Update
 
 
@@ -48,14 +47,9 @@ class SPIN(Defaults):
 
     def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"policy": [P]}."""
-        lead = self._lead(now, rollout)
+        lead = demo_lead(now, rollout)
         return {"policy": preference_loss(lead, 1.0, self.beta, "sigmoid").squeeze(-1)}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"accuracy": [P], "margin": [P]}: whether the demonstration gained more, and the difference."""
-        return watched(self._lead(now, rollout), 1.0)
-
-    def _lead(self, now: Forward, rollout: Rollout) -> Tensor:
-        """[P,1] how much more the demonstration has gained on the sampling policy, nats."""
-        gained = sequence_sum(now.logp - rollout.logp_old, rollout.mask)
-        return gained[:, rollout.where("demo")] - gained[:, rollout.where("policy")]
+        return watched(demo_lead(now, rollout), 1.0)

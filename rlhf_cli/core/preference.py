@@ -69,6 +69,15 @@ def gaps(
     return h1 - h2
 
 
+def demo_lead(now: Forward, rollout: Rollout) -> Tensor:
+    """[P,1] how much more the demonstration has gained since the rollout than the policy's own sample.
+
+    Gains are of log pi over the policy that drew the rollout, nats.
+    """
+    gained = sequence_sum(now.logp - rollout.logp_old, rollout.mask)
+    return gained[:, rollout.where("demo")] - gained[:, rollout.where("policy")]
+
+
 def watched(gap: Tensor, label: Tensor | float) -> Terms:
     """{"accuracy": [P], "margin": [P]}: implicit reward against label, and its size in nats."""
     agrees = (gap > 0) == (label > 0.5)

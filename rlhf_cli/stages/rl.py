@@ -43,6 +43,11 @@ def main(ctx: Context) -> None:
     per_rollout = update.epochs * update.minibatches
     collector, learner = _models(ctx, rollouts * per_rollout)
     evaluator = Evaluator.of(ctx, collector)
+    # Evaluations ask everybody; a training step only those whose word counts in it.
+    unscored = replace(collector, judges=replace(collector.judges, reward=None))
+    if Model.REWARD not in algo.needs:
+        collector = unscored
+    beside = replace(unscored, learned_reward=False)
     main_feed, side_feed = (
         Feed(ctx.corpus, ctx.recipe.data, collector.tokenizer, s, ctx.recipe.seed)
         for s in (sampling, side)
@@ -60,18 +65,18 @@ def main(ctx: Context) -> None:
     for index in range(learner.step_index // per_rollout, rollouts):
         began = time.perf_counter()
         asked = main_feed.batch(prompts_each, index)
-        beside: list[Stream] = []
+        extra: list[Stream] = []
         with learner.whole() as actor:
             drawn, seconds = collector.collect(actor, asked, sampling, "train", index)  # type: ignore[arg-type]
             if side.responses:
                 rows = side_feed.batch(prompts_each, index)
-                read, _ = collector.collect(actor, rows, side, "side", index)  # type: ignore[arg-type]
-                beside = [Stream(read, Targets(), second=True)]
+                read, _ = beside.collect(actor, rows, side, "side", index)  # type: ignore[arg-type]
+                extra = [Stream(read, Targets(), second=True)]
         rollout = replay.exchange(drawn, index)
         with torch.no_grad():
             targets, state = algo.prepare(rollout, state)
         ready = time.perf_counter()
-        streams = [Stream(rollout, targets), *beside]
+        streams = [Stream(rollout, targets), *extra]
         only = "critic" if index < algo.critic_only() else None
         steps = [
             _step(ctx, learner, collector, streams, torch.from_numpy(part), only)
