@@ -60,7 +60,13 @@ def row_of_all(runs: list[Run]) -> str:
         before, after = (averaged(runs, place, name) for place in (0, 1))
         gained, level = paired_difference(after, before), mean_and_se(after)
         cells += [f"{level[0]:+.2f} ± {level[1]:.2f}", f"{gained.mean:+.2f}", f"{gained.z:.1f}"]
-    cells += [f"{sum(each['wall'] for each in rows) / len(rows):.0f}"]
+    alone = (
+        [averaged([run], 1, "gold") for run in runs],
+        [averaged([run], 0, "gold") for run in runs],
+    )
+    each = [paired_difference(after, before).mean for after, before in zip(*alone, strict=True)]
+    cells += [" ".join(f"{gain:+.2f}" for gain in each)]
+    cells += [f"{sum(row['wall'] for row in rows) / len(rows):.0f}"]
     cells += [", ".join(f"{run.manifest()['commit'][:7]}" for run in runs[:1])]
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -77,8 +83,10 @@ def main(words: list[str]) -> None:
     together = defaultdict(list)
     for run in runs:
         together[run.manifest()["algo"]].append(run)
-    print("| algo | seeds | KL, nats | proxy | gain | z | gold | gain | z | seconds | commit |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| algo | seeds | KL, nats | proxy | gain | z | gold | gain | z | by seed | seconds | commit |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     print("\n".join(map(row_of_all, together.values())))
 
 

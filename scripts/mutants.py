@@ -7,22 +7,33 @@ if a mutant survives, if its text is no longer in the file, or if the tests fail
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+sys.dont_write_bytecode = True
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_suffix(".txt")
 COPIED = ("rlhf_cli", "conf", "tests")
-TESTS = ("tests/test_core.py", "tests/algos")
+TESTS = ("tests/test_core.py", "tests/algos/test_oracles.py", "tests/algos")
+"""Those that notice most come first."""
+PAGES, YAMLS = ROOT / "rlhf_cli" / "algos", ROOT / "conf" / "algo"
 AT_ONCE = 2
 """Copies tested at the same time, one thread each."""
+SLOW = ("torch", "numpy", "pydantic", "hydra", "omegaconf", "transformers")
 
 
 @dataclass(frozen=True)
@@ -56,20 +67,28 @@ def listed() -> Iterator[Mutant]:
 
 def survives(mutant: Mutant) -> bool:
     """Whether no test notices the error: those named after the algorithm are asked first."""
-    return passes(mutant, _near(mutant)) and passes(mutant)
+    with copied(mutant):
+        return passes(_near(mutant)) and passes()
 
 
 def _near(mutant: Mutant) -> list[str]:
-    """Words that choose the tests in whose names the mutated file, or a yaml that uses it, appears."""
+    """Words that choose the tests in whose names the mutated page, or a yaml that uses it, appears.
+
+    Of what pages share, all pages that import it are near.
+    """
     path = Path(mutant.file)
-    folder = ROOT / "conf" / "algo"
-    target = f"{'.'.join(path.with_suffix('').parts)}."
-    using = [yaml.stem for yaml in folder.glob("*.yaml") if target in yaml.read_text()]
-    return ["-k", " or ".join([path.stem, *using])]
+    pages = {path.stem}
+    if path.parts[0] == "core":
+        module = f"rlhf_cli.core.{path.stem} "
+        pages |= {page.stem for page in PAGES.glob("*.py") if module in page.read_text()}
+    yamls = {yaml.stem: yaml.read_text() for yaml in YAMLS.glob("*.yaml")}
+    using = {name for name, text in yamls.items() if any(f".algos.{p}." in text for p in pages)}
+    return ["-k", " or ".join(sorted(pages | using))]
 
 
-def passes(mutant: Mutant | None, only: Sequence[str] = ()) -> bool:
-    """Whether the tests pass on a copy with this error, or on a faithful copy."""
+@contextmanager
+def copied(mutant: Mutant | None) -> Iterator[None]:
+    """Makes a copy with this error, or a faithful one, what this process imports the package from."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         for name in COPIED:
             origin, copy = ROOT / name, Path(folder, name)
@@ -77,30 +96,40 @@ def passes(mutant: Mutant | None, only: Sequence[str] = ()) -> bool:
         shutil.copy(ROOT / "pyproject.toml", folder)
         if mutant:
             Path(folder, "rlhf_cli", mutant.file).write_text(mutant.source())
-        # PYTHONPATH precedes site-packages: the copy is imported, not an installed package.
-        environment = os.environ | {
-            "PYTHONPATH": folder,
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *only,
-            *TESTS,
-        ]
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
+        # What precedes site-packages is imported, not an installed package.
+        sys.path.insert(0, folder)
+        os.chdir(folder)
+        yield
+        os.chdir(ROOT)
+
+
+def passes(only: Sequence[str] = ()) -> bool:
+    """Whether the tests of the working directory pass."""
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *only, *TESTS])
     # 5: no test is named so.
-    if done.returncode not in (0, 1, *([5] if only else [])):
-        raise SystemExit(f"pytest could not run the tests:\n{done.stdout}{done.stderr}")
-    return done.returncode != 1
+    if code not in (0, 1, *([5] if only else [])):
+        raise RuntimeError(f"pytest could not run the tests:\n{said.getvalue()}")
+    return code != 1
+
+
+def faithful_copy_passes() -> bool:
+    """Whether the tests pass without any error, in a process of their own."""
+    with copied(None):
+        return passes()
+
+
+def pool() -> Pool:
+    """Processes that serve once each: a mutant needs modules that nobody imported before it.
+
+    They are forks of this one, which has done the slow imports that no mutant changes.
+    """
+    for library in SLOW:
+        import_module(library)
+    torch = sys.modules["torch"]
+    torch.set_num_threads(1)
+    return get_context("fork").Pool(AT_ONCE, maxtasksperchild=1)
 
 
 def main() -> int:
@@ -108,12 +137,12 @@ def main() -> int:
     mutants = list(listed())
     for mutant in mutants:
         mutant.source()
-    if not passes(None):
-        print("the tests fail without any planted error: mend that first")
-        return 1
     survivors = []
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for mutant, survived in zip(mutants, pool.map(survives, mutants), strict=True):
+    with pool() as workers:
+        if not workers.apply(faithful_copy_passes):
+            print("the tests fail without any planted error: mend that first")
+            return 1
+        for mutant, survived in zip(mutants, workers.imap(survives, mutants), strict=True):
             verdict = "SURVIVED" if survived else "killed"
             print(f"{verdict:8} {mutant.file}: {mutant.error}", flush=True)
             if survived:
