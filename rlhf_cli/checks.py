@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rlhf_cli.recipes import Classifier
 from rlhf_cli.store import pretrained
 
 if TYPE_CHECKING:
@@ -21,6 +22,26 @@ def faults(recipe: Recipe) -> Iterator[str]:
     yield from _launch(recipe)
     yield from _batches(recipe)
     yield from _models(recipe)
+    yield from _scores(recipe)
+
+
+def _scores(recipe: Recipe) -> Iterator[str]:
+    kind = recipe.reward.source.kind
+    if recipe.algo.trains_reward and kind != "learned":
+        yield (
+            f"reward.source.kind={kind}, but algo={recipe.name} trains the reward model as it goes; use"
+            " reward=learned."
+        )
+    for part in recipe.reward.parts:
+        if isinstance(part.source, Classifier):
+            name, revision = part.source.name, part.source.revision
+            fault = pretrained.fault("reward.source.name", name, revision)
+            yield from [fault] if fault else []
+    if kind == "gold" and not recipe.data.has_gold:
+        yield (
+            f"reward.source.kind=gold, but data={recipe.data.title} has no gold reward; use"
+            " data.source=embedded, or another reward."
+        )
 
 
 def _launch(recipe: Recipe) -> Iterator[str]:
@@ -66,8 +87,9 @@ def _models(recipe: Recipe) -> Iterator[str]:
         shape = model.scratch
         if shape is None and not model.name:
             yield f"{key}.name is missing; name a Hugging Face repository or a local folder."
-        if shape is None and model.name and (fault := pretrained.fault(f"{key}.name", model.name)):
-            yield fault
+        if shape is None and model.name:
+            fault = pretrained.fault(f"{key}.name", model.name, model.revision)
+            yield from [fault] if fault else []
         if shape and model.name:
             yield (
                 f"{key}.name={model.name} has no effect on a model trained from scratch; choose"

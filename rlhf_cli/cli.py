@@ -1,4 +1,4 @@
-"""Words to verbs: train, plan, frontier, runs, show, credit, sample, algos.
+"""Words to verbs: train, plan, frontier, runs, show, credit, sample, algos, data.
 
 Everything heavy is imported inside a verb, so that `rlhf --help` answers at once.
 """
@@ -29,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+data_app = typer.Typer(rich_markup_mode=None)
+app.add_typer(data_app, name="data", help="Look at data before anything is trained on them.")
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """What typer raises for words it cannot read; it has no public name in every version."""
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -47,6 +49,16 @@ Examples:
   rlhf {verb} data=hh data.source=path data.path=DIR
   rlhf {verb} algo=mine --config-dir DIR           with DIR/algo/mine.yaml
   rlhf {verb} --cfg job                            every key and its value
+"""
+
+CHECK_EXAMPLES = """
+\b
+Examples:
+  rlhf data check prefs.jsonl                      data of your own: a file, or a folder
+  rlhf data check prefs.jsonl data.columns.response=completion
+  rlhf data check chat.parquet model=custom model.name=DIR
+  rlhf data check chat.parquet data.template=transcript
+  rlhf data check data=hh data.source=path data.path=DIR
 """
 
 
@@ -340,6 +352,40 @@ def algos(
         listed = [catalogue.entry(each, ["nano"]) for each in catalogue.names()]
         _console().print(catalogue.table(listed))
         print("next: rlhf algos NAME, rlhf train algo=NAME data=hh")
+
+
+@data_app.command(context_settings=HYDRA, epilog=CHECK_EXAMPLES)
+def check(
+    words: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(
+            metavar="WORD",
+            help="A file or a folder of your own first, if any; then what `rlhf train` would be told.",
+        ),
+    ] = None,
+) -> None:
+    """Read every row and list the bad ones.
+
+    Exit code 2 if a run could not begin with them.
+    """
+    from rlhf_cli.config import recipe
+    from rlhf_cli.tools import data_check
+    from rlhf_cli.words import collect
+
+    given, path = list(words or []), None
+    if given and "=" not in given[0] and given[0][:1] not in "-~":
+        path, given[0] = given[0], "data=custom"
+    for node in collect(given):
+        if path is not None:
+            # Not among the words: Hydra reads brackets and commas in a path by rules of its own.
+            node.data.path = path
+        checked = data_check.check(recipe(node).data)
+        _console().print(data_check.report(checked))
+        if checked.fault is not None:
+            raise checked.fault
+        again = given if path is None else [*given, f"data.path={path}"]
+        again = again if checked.survey.corpus.train.pairs else [*again, "stage=sft"]
+        print(f"next: {shlex.join(['rlhf', 'train', *again])}")
 
 
 def _planned(words: Sequence[str]) -> list[Plan]:

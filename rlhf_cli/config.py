@@ -52,6 +52,8 @@ CONTRACTS = {
         "name",
         "title",
         "pays",
+        "has_gold",
+        "shorter",
         "max_prompt_tokens",
         "max_response_tokens",
         "load",

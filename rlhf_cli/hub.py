@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -30,10 +31,15 @@ def out_of_reach() -> bool:
 
 def is_cached(repository: str, revision: str | None) -> bool:
     """Whether a model's configuration at this revision lies in the local cache of the hub."""
+    return cached_config(repository, revision) is not None
+
+
+def cached_config(repository: str, revision: str | None) -> Path | None:
+    """A model's configuration at this revision in the local cache of the hub."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, "config.json", revision=revision or "main")
-    return isinstance(found, str)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _connects() -> bool:

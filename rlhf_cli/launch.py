@@ -19,12 +19,15 @@ from omegaconf import OmegaConf
 
 from rlhf_cli import config
 from rlhf_cli.config import Recipe
+from rlhf_cli.data.corpus import Corpus
 from rlhf_cli.errors import StageFailed, UserError
 from rlhf_cli.plan import Plan, Step
 from rlhf_cli.store.files import check_writable
 from rlhf_cli.store.provenance import provenance
 from rlhf_cli.store.run import Run
 
+KINDS = {"demos": "demonstrations", "pairs": "preference pairs", "prompts": "prompts"}
+"""What rows are called."""
 GRACE_SECONDS = 10
 """How long workers have to leave after a signal before they are killed."""
 
@@ -36,7 +39,7 @@ def execute(plan: Plan, command: str) -> Path:
         from rlhf_cli.worker import corpus_of
 
         # Faulty rows are found before a run directory exists that could fail over them.
-        corpus_of(cast(Hashable, plan.recipe.data))
+        _check_rows(plan, corpus_of(cast(Hashable, plan.recipe.data)))
     for step in plan.steps:
         run = Run(step.path)
         if run.status() == "done":
@@ -45,6 +48,25 @@ def execute(plan: Plan, command: str) -> Path:
             if run.status() != "done":
                 _build(run, step, plan.runs_of_parents(step), command)
     return plan.steps[-1].path
+
+
+def _check_rows(plan: Plan, corpus: Corpus) -> None:
+    """UserError if a later stage would find no rows of a kind it reads, once the earlier ones are done."""
+    for step in plan.steps:
+        wanted = {"reward": {"pairs"}, "sft": {"demos"}, "rl": {"prompts"}}[step.stage]
+        if step.stage == "rl":
+            for stream in (step.recipe.algo.sampling(), step.recipe.algo.side()):
+                wanted |= {"pairs"} if stream.dataset or stream.mismatch else set()
+                wanted |= {"demos"} if stream.demo else set()
+        splits = {"training": corpus.train, "held-out": corpus.heldout}
+        if step.stage == "rl":  # evaluations ask the held-out prompts, which every split has
+            splits.pop("held-out")
+        for name, split in splits.items():
+            for kind in sorted(kind for kind in wanted if not getattr(split, kind)):
+                raise UserError(
+                    f"data={corpus.title} has no {name} {KINDS[kind]}, which the stage {step.role} of"
+                    " this chain reads; give data that have some, or stop before it with stage=sft."
+                )
 
 
 def _say_waiting(run: Run) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -38,7 +38,7 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def details(run: Run) -> dict[str, Any]:
-    """One run in full: manifest, last value of every metric, files, one sample."""
+    """One run in full: manifest, last value of every metric, report, files, one sample."""
     metrics: dict[str, float] = {}
     for row in read(run.metrics_path):
         metrics |= row
@@ -49,6 +49,7 @@ def details(run: Run) -> dict[str, Any]:
         "path": str(run.path),
         "manifest": {**run.manifest(), "status": run.status()},
         "metrics": {name: _finite(value) for name, value in metrics.items()},
+        "report": json.loads(run.report_path.read_text()) if run.report_path.exists() else None,
         "files": {path.relative_to(run.path).as_posix(): path.stat().st_size for path in files},
         "sample": json.loads(lines[0]) if lines else None,
     }
@@ -78,10 +79,28 @@ def page(shown: Mapping[str, Any]) -> Group:
     facts |= {"parents": ", ".join(parents) or "none", "command": manifest.get("command", "")}
     parts.append(_pairs(shown["path"], facts))
     parts.append(_pairs("last metrics", {n: _number(v) for n, v in shown["metrics"].items()}))
+    if shown["report"]:
+        parts.append(_pairs("on held-out pairs", dict(_worth(shown["report"]))))
     parts.append(_pairs("files", {n: f"{size:,} bytes" for n, size in shown["files"].items()}))
     if shown["sample"]:
         parts.append(_pairs("a sample", shown["sample"]))
     return Group(*parts)
+
+
+def _worth(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What of a reward model's report goes into a few lines."""
+
+    def said(accuracy: Mapping[str, Any]) -> str:
+        ends = f"{accuracy['low']:.3f} to {accuracy['high']:.3f}"
+        return f"{accuracy['share']:.3f}  ({ends}; {accuracy['pairs']:,} pairs)"
+
+    yield "accuracy", said(report["accuracy"])
+    for name, accuracy in {**report["subsets"], **report["by_length"]}.items():
+        yield f"accuracy, {name}", said(accuracy)
+    rule, again = report["length_rule"], report["agreement"]
+    yield "length alone", f"{rule['heldout']:.3f}  (prefers the {rule['prefers']} answer)"
+    yield "calibration error", f"{report['calibration']['error']:.3f}"
+    yield "alone and batched", f"{again['largest']:.2g} apart at most ({again['answers']} answers)"
 
 
 def _pairs(title: str, values: Mapping[str, Any]) -> RenderableType:

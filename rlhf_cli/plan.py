@@ -11,17 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from textwrap import fill
+from typing import Any, Literal, get_args
 
 from omegaconf import DictConfig
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_cli import hub
+from rlhf_cli import cost, hub, shapes
 from rlhf_cli.config import Recipe, recipe
 from rlhf_cli.errors import UserError
-from rlhf_cli.recipes import Model
+from rlhf_cli.recipes import Classifier, Model
 from rlhf_cli.store import pretrained
 from rlhf_cli.store.key import key
 from rlhf_cli.store.run import Run, Status
@@ -31,6 +32,10 @@ ENGINE_REVISION = 2
 
 Stage = Literal["sft", "reward", "rl"]
 Role = Literal["sft", "reward", "guide", "rl"]
+
+UNREAD = frozenset({"path", "on_bad_row", "tokenizer", "tokenizer_revision"})
+"""Fields of a dataset that are in no key: where its rows lie, and what its fingerprint says by contents.
+With another rule for bad rows a run either reads the same rows or does not begin."""
 
 DOING = {"missing": "build", "interrupted": "resume", "failed": "resume", "running": "wait"}
 """What is going to be done about a run in each status; one that is done stays as it is."""
@@ -87,7 +92,7 @@ def plan(node: DictConfig) -> Plan:
     made = recipe(node)
     title = made.data.title.replace("-", "_")
     data = {
-        **{name: value for name, value in asdict(made.data).items() if name != "path"},  # type: ignore[call-overload]
+        **{name: value for name, value in asdict(made.data).items() if name not in UNREAD},  # type: ignore[call-overload]
         "fingerprint": made.data.fingerprint(),
     }
     steps: dict[Role, Step] = {}
@@ -115,11 +120,14 @@ def plan(node: DictConfig) -> Plan:
         sft=asdict(made.sft),
     )
     scored = not made.data.pays and (made.eval.proxy or _needs_scores(made))
-    if made.stage == "reward" or (made.stage == "rl" and scored):
+    if made.stage == "reward" or (made.stage == "rl" and scored and made.reward.learned):
         add(
             "reward",
             f"{title}-{made.reward.model.label}-s{made.reward.seed}",
-            reward={**asdict(made.reward), "model": _identity(made.reward.model)},
+            reward={
+                **{k: v for k, v in asdict(made.reward).items() if k not in ("source", "missing")},
+                "model": _identity(made.reward.model),
+            },
         )
     if made.stage == "rl" and "guide" in _needs(made):
         steps["guide"] = replace(plan(_guide(node)).steps[-1], role="guide")
@@ -134,8 +142,18 @@ def plan(node: DictConfig) -> Plan:
             seed=made.seed,
             rollout=asdict(made.rollout),
             eval=asdict(made.eval),
+            **_scoring(made),
         )
     return Plan(tuple(steps.values()))
+
+
+def _scoring(made: Recipe) -> dict[str, Any]:
+    """What of the scores of an RL stage is not in its reward model's key."""
+    reward = made.reward
+    if made.data.pays or reward.source.kind == "learned":
+        return {}
+    rules = {"missing": reward.missing, "unended": reward.unended, "adds": reward.unended_adds}
+    return {"scoring": {**_by_contents(asdict(reward.source)), **rules}}
 
 
 def _guide(node: DictConfig) -> DictConfig:
@@ -154,23 +172,48 @@ def check_downloads(plan: Plan) -> None:
     missing = {step.stage for step in plan.steps if step.status != "done"}
     wanted = [("model", policy)] if "sft" in missing else []
     # A reward model like the policy starts from the SFT policy, which is there by then.
-    wanted += [("reward.model", reward)] if "reward" in missing and reward != policy else []
+    wanted += (
+        [("reward.model", reward)] if "reward" in missing and not reward.starts_like(policy) else []
+    )
     for group, model in wanted:
-        if model.name is None or pretrained.is_local(model.name):
-            continue
-        if not hub.is_cached(model.name, model.revision) and hub.out_of_reach():
-            raise UserError(
-                f"{group}.name={model.name} is no local folder and the Hugging Face hub cannot be"
-                " reached: use model=custom model.name=DIR for a local checkpoint, model=nano to"
-                " train from scratch, or HF_HUB_OFFLINE=1 with a filled cache."
+        if model.name is not None:
+            _check_download(
+                group,
+                model.name,
+                model.revision,
+                "model=custom model.name=DIR for a local checkpoint, model=nano to train from scratch",
             )
+    if "rl" in missing:
+        for part in plan.recipe.reward.parts:
+            if isinstance(part.source, Classifier):
+                name, revision = part.source.name, part.source.revision
+                _check_download("reward.source", name, revision, "a folder")
+
+
+def _check_download(group: str, name: str, revision: str | None, instead: str) -> None:
+    if pretrained.is_local(name) or hub.is_cached(name, revision) or not hub.out_of_reach():
+        return
+    raise UserError(
+        f"{group}.name={name} is no local folder and the Hugging Face hub cannot be reached: use"
+        f" {instead}, or HF_HUB_OFFLINE=1 with a filled cache."
+    )
 
 
 def _identity(model: Model) -> dict[str, Any]:
-    """What of a model enters a key: a local folder by its contents, so that moving it changes nothing."""
-    values = asdict(model)
-    if model.name is not None and pretrained.is_local(model.name):
-        values["name"] = f"sha256:{pretrained.contents(model.name)}"
+    """What of a model enters a key."""
+    return _by_contents(asdict(model))
+
+
+def _by_contents(values: Any) -> Any:
+    """Values with each local folder under `name` told by its contents, so that moving it changes nothing."""
+    if isinstance(values, Mapping):
+        name = values.get("name")
+        told = {key: _by_contents(value) for key, value in values.items()}
+        if isinstance(name, str) and pretrained.is_local(name):
+            told["name"] = f"sha256:{pretrained.contents(name)}"
+        return told
+    if isinstance(values, tuple | list):
+        return [_by_contents(value) for value in values]
     return values
 
 
@@ -191,23 +234,29 @@ def describe(*plans: Plan) -> Group:
     table.add_column("directory", overflow="fold")
     for step in {step.path: step for each in plans for step in each.steps}.values():
         table.add_row(step.role, step.key, DOING.get(step.status, "done"), str(step.path))
-    blocks = dict.fromkeys(block for each in plans for block in arithmetic(each))
+    blocks = list(dict.fromkeys(block for each in plans for block in arithmetic(each)))
+    if total := _total(*plans):
+        blocks.append(total)
     return Group(table, *(Text(f"\n{block}") for block in blocks))
 
 
 def arithmetic(plan: Plan) -> Iterator[str]:
-    """How the stated totals come apart: a block of lines per stage, to be read at 80 columns."""
-    made, stages = plan.recipe, {step.stage for step in plan.steps}
-    supervised = ("sft", made.sft, "demonstrations"), ("reward", made.reward, "pairs")
-    for stage, part, rows in supervised:
-        if stage in stages:
-            yield _block(
-                f"{stage} on {made.data.title}",
-                ("passes", f"{part.epochs:g}", f"over the {rows}"),
-                ("batch", part.batch, f"{rows} per step, over all processes"),
-            )
-    if "rl" in stages:
-        yield _block(f"{made.name} on {made.data.title}", *_derived(made))
+    """How the stated totals come apart and what they cost: a block of lines per stage.
+
+    To be read at 80 columns.
+    """
+    for step in plan.steps:
+        made = step.recipe
+        if step.stage == "rl":
+            yield _block(f"{made.name} on {made.data.title}", *_derived(made), *_costs(step))
+            continue
+        part, rows = (made.sft, "demonstrations") if step.stage == "sft" else (made.reward, "pairs")
+        yield _block(
+            f"{step.stage} on {made.data.title}",
+            ("passes", f"{part.epochs:g}", f"over the {rows}"),
+            ("batch", part.batch, f"{rows} per step, over all processes"),
+            *_costs(step),
+        )
 
 
 def _derived(made: Recipe) -> Iterator[tuple[str, object, str]]:
@@ -235,5 +284,76 @@ def _derived(made: Recipe) -> Iterator[tuple[str, object, str]]:
     yield "evaluations", 1 + points, f"step 0 and {points} more, on {made.eval.prompts} prompts"
 
 
+def _cost(step: Step) -> cost.Cost | None:
+    return cost.of_stage(step.stage, step.recipe, "reward" in step.parents)
+
+
+def _costs(step: Step) -> Iterator[tuple[str, object, str]]:
+    """What a stage costs, said as `_derived` says the rest; nothing of small models."""
+    try:
+        found = _cost(step)
+    except shapes.Unknown as reason:
+        yield "cost", "unknown", f"{reason}"
+        return
+    if found is None:
+        return
+    models = [
+        f"{held.name} {_giga(held.weights + held.learning)}"
+        + (f" ({_giga(held.weights)} + {_giga(held.learning)} to learn)" if held.learning else "")
+        for held in found.held
+    ]
+    moments = [f"{name} {_giga(size)}" for name, size in found.moments.items()]
+    shares = [
+        f"{name} {found.share(name):.0%}"
+        for name in get_args(cost.Activity)
+        if found.share(name) >= 0.005
+    ]
+    fits = found.memory <= cost.A100.memory
+    yield (
+        "GB per process",
+        _giga(found.memory),
+        f"{', '.join(models)}; plus the largest of {', '.join(moments)}"
+        + ("" if fits else f"; more than an {cost.A100.name} has"),
+    )
+    drawn = f"; {_short(found.drawn / 1e6)} drawn" if found.drawn else ""
+    yield "million tokens", _short(found.learned / 1e6), f"learned from{drawn}"
+    unknown = f", for every {found.rows:,} rows" if found.rows else ""
+    yield "PFLOP", _short(found.flop / 1e15), f"over all processes{unknown}"
+    yield "GPU-hours", _short(found.gpu_hours), f"{cost.A100.name}{unknown}: {', '.join(shares)}"
+
+
+def _total(*plans: Plan) -> str | None:
+    """What all that is not done costs, where that is known."""
+    steps = {step.path: step for each in plans for step in each.steps if step.status != "done"}
+    try:
+        found = [each for step in steps.values() if (each := _cost(step))]
+    except shapes.Unknown:
+        return None
+    if not found or any(each.rows for each in found):
+        return None
+    return (
+        f"cost of what is not done: {_short(sum(each.gpu_hours for each in found))} GPU-hours. An"
+        " estimate, easily off by a factor of two, with every text as long as data.max_prompt_tokens"
+        " and data.max_response_tokens allow."
+    )
+
+
+def _giga(size: float) -> str:
+    return f"{size / 1e9:,.1f}"
+
+
+def _short(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def _block(title: str, *rows: tuple[str, object, str]) -> str:
-    return "\n".join([title, *(f"  {what:<22}{value!s:>7}  {how}" for what, value, how in rows)])
+    """A title and its lines; what is to be said of a number goes on below itself."""
+    lines = [title]
+    for what, value, how in rows:
+        head = f"  {what:<22}{value!s:>7}  "
+        below = " " * len(head)
+        lines.append(
+            fill(how, 80, initial_indent=head, subsequent_indent=below, break_on_hyphens=False)
+        )
+    return "\n".join(lines)

@@ -7,7 +7,7 @@ its parser. This module imports nothing of the project, so every room may use it
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -87,6 +87,29 @@ class Scratch:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Lora:
+    """Low-rank adapters beside frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: Count
+    alpha: Count
+    """Adapters count alpha / rank."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of the linear layers that get them, e.g. query_key_value; [all-linear] is all but the output
+    layer."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Tuning:
+    """Which weights learn; both null is all of them."""
+
+    lora: Lora | None
+    """Adapters alone. What a stage leaves has them merged in; the policy without its adapters is the
+    reference of the RL stage, so that no second copy is loaded."""
+    layers: Count | None
+    """So many of the top layers, with the norm after them and an untied output layer."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Model:
     """The policy's architecture and where its first weights come from."""
 
@@ -102,6 +125,13 @@ class Model:
     """Commit of the repository `name`; null only for a local folder."""
     precision: Literal["fp32", "bf16"]
     """Arithmetic of the trained model; sums of log-probabilities are fp32 always."""
+    tuning: Tuning
+    """Which of its weights learn; a critic's as the reward model's it starts from."""
+
+    def starts_like(self, other: Model) -> bool:
+        """Whether the first weights of both are the same, however they are trained."""
+        mine, theirs = ((m.scratch, m.name, m.revision) for m in (self, other))
+        return mine == theirs
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -119,12 +149,104 @@ class SFT:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Reward:
-    """Bradley-Terry reward model, started from the SFT policy unless `model` says otherwise."""
+class Learned:
+    """The reward model that the chain trains on the data's preferences."""
 
+    kind: Literal["learned"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Gold:
+    """The true reward, which only embedded data have."""
+
+    kind: Literal["gold"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Function:
+    """A Python function of a list of prompts and a list of responses that returns a list of numbers."""
+
+    kind: Literal["function"]
+    call: str
+    """Its dotted path, in an installed module or in the working directory."""
+    batch: Count
+    """Most responses per call."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Http:
+    """A server that is sent prompts and responses and answers with scores (`rewards/http.py`)."""
+
+    kind: Literal["http"]
+    url: str
+    key_env: str | None
+    """Variable of the environment that holds the bearer token; null sends none."""
+    batch: Count
+    """Most responses per request."""
+    timeout: Positive
+    """Seconds to wait for an answer."""
+    retries: Annotated[int, Field(ge=0)]
+    """Further attempts after one that failed."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Classifier:
+    """A sequence classifier with one label, from the hub or a folder."""
+
+    kind: Literal["hf"]
+    name: str
+    """A Hugging Face repository or a local folder."""
+    revision: str | None
+    """Commit of the repository; null only for a local folder."""
+    precision: Literal["fp32", "bf16"]
+    form: Literal["plain", "pair", "chat"]
+    """What it reads: prompt and response in one, as two texts of a pair, or its tokenizer's chat template
+    with the prompt as the user's turn."""
+    max_tokens: Count
+    """Longest input; longer ones are cut by its tokenizer."""
+    batch: Count
+    """Most responses at once."""
+
+
+Single: TypeAlias = Annotated[
+    Learned | Gold | Function | Http | Classifier, Field(discriminator="kind")
+]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Part:
+    """One of the rewards of a sum."""
+
+    weight: float
+    source: Single
+
+
+@dataclass(frozen=True, config=STRICT)
+class Mix:
+    """A weighted sum of rewards."""
+
+    kind: Literal["mix"]
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)]
+
+
+Source: TypeAlias = Annotated[
+    Learned | Gold | Function | Http | Classifier | Mix, Field(discriminator="kind")
+]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Reward:
+    """What a response is worth, and how the chain's Bradley-Terry model of it is trained."""
+
+    source: Source
+    """Who scores in the RL stage and in its evaluations."""
+    missing: Literal["stop", "leave"]
+    """What a score that is missing or no number does: stop the run, or make its prompt leave the rollout,
+    another one standing in for it (evaluations count it and average the rest)."""
     seed: int
     model: Model
-    """Its own architecture; the policy's unless overridden (`model@reward.model=...`)."""
+    """Architecture of the trained one, which starts from the SFT policy; the policy's unless overridden
+    (`model@reward.model=...`)."""
     epochs: Positive
     batch: Count
     """Preference pairs per optimiser step, over all processes."""
@@ -136,6 +258,16 @@ class Reward:
     unended_adds: bool
     """Whether `unended` is added to the model's score instead of replacing it."""
     optim: Optim
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the reward is the sum of."""
+        return self.source.parts if isinstance(self.source, Mix) else (Part(1.0, self.source),)
+
+    @property
+    def learned(self) -> float:
+        """What a unit of the chain's own model counts; 0 if none is part of it."""
+        return sum(part.weight for part in self.parts if isinstance(part.source, Learned))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -177,6 +309,10 @@ class Launch:
     """ZeRO stage: what is sharded between processes (0 nothing, 3 the weights too)."""
     micro_batch: Count
     """Most responses (or rows) per forward pass and process."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]
+    """Kernel; auto is transformers' choice."""
+    checkpointing: bool
+    """Whether activations are computed again in the backward pass instead of being kept."""
     timeout: Annotated[int, Field(ge=10)]
     """Seconds without word from a peer after which a process gives up."""
 
@@ -199,3 +335,5 @@ class Paths:
 
     runs: str
     """Folder of the run directories, relative to the working directory."""
+    cache: str
+    """Folder of rows that are kept as tokens; whatever is in it can be made again."""

@@ -15,7 +15,13 @@ import pytest
 from rlhf_cli.config import compose, conf_dir, freeze, read, recipe
 from rlhf_cli.errors import UserError
 
-NEEDED = {"model/custom": ["model.name=somewhere"]}
+NEEDED = {
+    "model/custom": ["model.name=somewhere", "model.revision=abc"],
+    "reward/function": ["reward.source.call=mine.score"],
+    "reward/hf": ["reward.source.name=somewhere", "reward.source.revision=abc"],
+    "reward/http": ["reward.source.url=http://localhost"],
+    "reward/mix": ["reward.source.parts=[{weight: 1.0, source: {kind: learned}}]"],
+}
 """What a choice leaves to the user."""
 
 
@@ -106,7 +112,8 @@ def test_values_follow_the_regime_of_the_model() -> None:
 
 
 def test_the_reward_model_follows_the_policy_unless_it_is_given_its_own() -> None:
-    assert recipe(compose(["model=custom", "model.name=here"])).reward.model.name == "here"
+    words = ["model=custom", "model.name=here", "model.revision=abc"]
+    assert recipe(compose(words)).reward.model.name == "here"
     both = recipe(compose(["reward.model.precision=bf16"]))
     assert (both.model.precision, both.reward.model.precision) == ("fp32", "bf16")
     own = ["model=pythia_1b", "model@reward.model=nano", "reward.model.scratch.layers=2"]
@@ -186,25 +193,24 @@ max_response_tokens: 8
 """
 MODULE = """
 from pydantic.dataclasses import dataclass
+from rlhf_cli.data.corpus import DatasetDefaults
 from rlhf_cli.recipes import STRICT
 
 @dataclass(frozen=True, config=STRICT)
-class Mine:
+class Mine(DatasetDefaults):
     name: str
     max_prompt_tokens: int
     max_response_tokens: int
     title = "mine"
-    pays = False
     def load(self): ...
     def fingerprint(self): return "1"
 
 @dataclass(frozen=True, config=STRICT)
-class Half:
+class Half(DatasetDefaults):
     name: str
     max_prompt_tokens: int
     max_response_tokens: int
     title = "mine"
-    pays = False
     def load(self): ...
 """
 

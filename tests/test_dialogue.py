@@ -18,7 +18,7 @@ from rlhf_cli.engine.world import start
 from rlhf_cli.models.heads import Actor, log_probs
 from rlhf_cli.models.load import new_policy
 from rlhf_cli.models.tokenizer import train_tokenizer
-from rlhf_cli.recipes import Model, Scratch
+from rlhf_cli.recipes import Model, Scratch, Tuning
 from tests.algos.toys import close, tensor
 
 LONGEST = 30
@@ -45,7 +45,10 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def policy(tokenizer: Any) -> Any:
     made = new_policy(
-        Model("tiny", "nano", Scratch(2, 32, 2, 300, 96, 3), None, None, "fp32"), tokenizer
+        Model(
+            "tiny", "nano", Scratch(2, 32, 2, 300, 96, 3), None, None, "fp32", Tuning(None, None)
+        ),
+        tokenizer,
     )
     with torch.no_grad():  # one token in five ends the turn
         made.get_output_embeddings().weight[tokenizer.eos_token_id] *= 30

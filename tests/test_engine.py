@@ -27,7 +27,7 @@ from rlhf_cli.models.load import (
     new_reward_model,
 )
 from rlhf_cli.models.tokenizer import load_tokenizer, train_tokenizer
-from rlhf_cli.recipes import Launch, Model, Optim, Scratch
+from rlhf_cli.recipes import Launch, Model, Optim, Scratch, Tuning
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 5, 7)]
 LONGEST = 12
@@ -46,7 +46,7 @@ def tokenizer():
 @pytest.fixture
 def model() -> Model:
     scratch = Scratch(layers=2, width=32, heads=2, vocab=300, context=64, seed=3)
-    return Model("tiny", "nano", scratch, None, None, "fp32")
+    return Model("tiny", "nano", scratch, None, None, "fp32", Tuning(None, None))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def optim(**changes) -> Optim:
 
 
 def launch(micro_batch: int = 8) -> Launch:
-    return Launch("inline", 1, 0, micro_batch, 60)
+    return Launch("inline", 1, 0, micro_batch, "auto", False, 60)
 
 
 def drawn(policy, tokenizer, rows=range(8), prompts=PROMPTS, responses=2):

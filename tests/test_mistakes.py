@@ -80,6 +80,11 @@ def raising(error: BaseException) -> Callable[..., Any]:
         (["plan", "reward.model.name=x"], "choose model@reward.model=custom"),
         (["plan", "model=custom", "model.name=/nowhere"], "model.name=/nowhere is no folder"),
         (["plan", "model=custom", "model.name=../a/b"], "repository as OWNER/NAME"),
+        (
+            ["plan", "model=custom", "model.name=a/b"],
+            "name a commit of it with model.revision=COMMIT",
+        ),
+        (["plan", "reward=hf", "reward.source.name=a/b"], "with reward.source.revision=COMMIT"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

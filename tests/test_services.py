@@ -14,6 +14,7 @@ from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.core.masked import denominators
 from rlhf_cli.core.rollout import Rollout
 from rlhf_cli.data.corpus import Corpus, Demo, Pair, Split
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine.forward import Rows, in_parts
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.rollout import Asked, Collector, Judges
@@ -22,7 +23,7 @@ from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor, Scorer, log_probs, next_logits
 from rlhf_cli.models.load import new_policy, new_reward_model, zero_head
 from rlhf_cli.models.tokenizer import train_tokenizer
-from rlhf_cli.recipes import Drawing, Launch, Model, Optim, Scratch
+from rlhf_cli.recipes import Drawing, Launch, Model, Optim, Scratch, Tuning
 from rlhf_cli.stages.feed import Feed
 from rlhf_cli.stages.replay import Replay
 from tests.algos.cases import case
@@ -33,7 +34,9 @@ OPTIM = Optim(1e-2, "constant", 0.0, (0.9, 0.95), 1e-8, 0.0, 1.0)
 
 
 def shape(seed: int) -> Model:
-    return Model("tiny", "nano", Scratch(2, 32, 2, 300, 64, seed), None, None, "fp32")
+    return Model(
+        "tiny", "nano", Scratch(2, 32, 2, 300, 64, seed), None, None, "fp32", Tuning(None, None)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +196,12 @@ def corpus() -> Corpus:
     return Corpus("toy", split, split, {}, None)
 
 
-class Data:
-    name, max_prompt_tokens, max_response_tokens = "toy", 8, 16
+def uncut(tokenizer: Any) -> Encoder:
+    return Encoder(tokenizer, 8, 16, lambda _: None)
 
 
 def fed(tokenizer: Any, **sampling: int) -> list[tuple[str, ...]]:
-    feed = Feed(corpus(), Data(), tokenizer, Sampling(**sampling), 1)  # type: ignore[arg-type]
+    feed = Feed(corpus(), uncut(tokenizer), Sampling(**sampling), 1)
     return [
         tuple(tokenizer.decode(ids, skip_special_tokens=True) for ids in (a.prompt, *a.given))
         for a in feed.batch(5, 0)
@@ -219,7 +222,7 @@ def test_a_stream_reads_the_rows_its_sources_come_from(tokenizer: Any) -> None:
 def test_a_stream_without_rows_is_one_sentence(tokenizer: Any) -> None:
     empty = Split((), (), ("p",))
     bare = Corpus("toy", empty, empty, {}, None)
-    feed = Feed(bare, Data(), tokenizer, Sampling(dataset=2), 1)  # type: ignore[arg-type]
+    feed = Feed(bare, uncut(tokenizer), Sampling(dataset=2), 1)
     with pytest.raises(UserError, match="data=toy has no rows"):
         feed.batch(4, 0)
 
@@ -266,7 +269,9 @@ def test_joining_rollouts_of_different_widths_pads_prompts_on_the_left(
 
 
 def learner(actor: Actor, world: World, **rates: float) -> Learner:
-    return Learner(actor, OPTIM, 4, Launch("inline", 1, 0, 8, 60), world, "fp32", rates)
+    return Learner(
+        actor, OPTIM, 4, Launch("inline", 1, 0, 8, "auto", False, 60), world, "fp32", rates
+    )
 
 
 def stepped(made: Learner, rollout: Rollout, only: str | None) -> None:
@@ -290,7 +295,15 @@ def test_a_critic_that_learns_alone_leaves_the_policy_bit_identical(
     critic = new_reward_model(shape(5), None, tokenizer, 1)
     actor = Actor(copy.deepcopy(policy), critic)
     before = copy.deepcopy(actor.state_dict())
-    made = Learner(actor, decays, 4, Launch("inline", 1, 0, 8, 60), world, "fp32", {"critic": 1e-2})
+    made = Learner(
+        actor,
+        decays,
+        4,
+        Launch("inline", 1, 0, 8, "auto", False, 60),
+        world,
+        "fp32",
+        {"critic": 1e-2},
+    )
     rollout = collect(collector, policy, ASKED, policy=1)
     stepped(made, rollout, only="critic")
     after = actor.state_dict()

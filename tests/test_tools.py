@@ -21,7 +21,7 @@ from rlhf_cli import config
 from rlhf_cli.cli import main
 from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.data.corpus import Corpus
-from rlhf_cli.data.tokens import prompt_ids
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine.rollout import Asked, Collector, Judges
 from rlhf_cli.engine.sampler import Expert, draw, uniforms
 from rlhf_cli.engine.world import start
@@ -499,7 +499,8 @@ def test_credit_of_a_run_is_its_betas_worth_of_log_ratio(rlhf: Rlhf, chain: Chai
     for row in rows:
         assert row["credit"] == pytest.approx(0.2 * (row["logp"] - row["logp_ref"]), abs=1e-12)
     ids = [row["id"] for row in rows]
-    given = prompt_ids(load_tokenizer(trained(chain.runs, "5555").folder), prompt, 160)
+    tokenizer = load_tokenizer(trained(chain.runs, "5555").folder)
+    given = Encoder(tokenizer, 160, 48, lambda _: None).prompt(prompt)
     for column, model in (("logp", chain.policy), ("logp_ref", chain.ref)):
         expected = log_law([Expert(model)], given, ids).tolist()
         assert [row[column] for row in rows] == pytest.approx(expected, abs=1e-5)  # fp32
@@ -567,7 +568,7 @@ def test_sampling_by_default_gives_the_responses_that_evaluations_measure(chain:
         unended=made.reward.unended,
         unended_adds=made.reward.unended_adds,
     )
-    asked = [Asked(prompt_ids(tokenizer, text, made.data.max_prompt_tokens)) for text in prompts]
+    asked = [Asked(ids) for ids in Encoder.of(tokenizer, made.data).prompts(prompts)]
     rollout, _ = collector.collect(Actor(chain.policy), asked, Sampling(policy=1), "eval", 0)
     assert rollout.logp_ref is not None and rollout.score is not None
     assert [row.response for row in rows] == collector.texts(rollout)

@@ -24,13 +24,13 @@ from rlhf_cli.engine.world import start
 from rlhf_cli.models.heads import Actor, Scorer
 from rlhf_cli.models.load import new_policy, new_reward_model, zero_head
 from rlhf_cli.models.tokenizer import train_tokenizer
-from rlhf_cli.recipes import Launch, Model, Optim, Scratch, Update
+from rlhf_cli.recipes import Launch, Model, Optim, Scratch, Tuning, Update
 from rlhf_cli.stages.rl import Stream, _step
 
 ALGORITHMS = ("p3o_v2", "ppo", "aihf")
 """One without a second model that learns, one with a critic, one with a reward model and two streams."""
 PROMPTS = [Asked(list(range(5, 5 + n))) for n in (3, 9, 5, 7, 4, 6, 8, 3)]
-MODEL = Model("tiny", "nano", Scratch(2, 32, 2, 300, 64, 3), None, None, "fp32")
+MODEL = Model("tiny", "nano", Scratch(2, 32, 2, 300, 64, 3), None, None, "fp32", Tuning(None, None))
 OPTIM = Optim(3e-4, "linear", 0.1, (0.9, 0.95), 1e-4, 0.0, 0.5)
 """eps is large: with 1e-8 Adam makes a step of full size out of a gradient that is rounding alone."""
 UPDATE = Update(episodes=48, batch=16, epochs=1, minibatches=2)
@@ -53,7 +53,7 @@ def run(world, algo, zero: int, micro_batch: int) -> list[dict[str, float]]:
         reward=new_reward_model(MODEL, None, tokenizer, 1) if algo.trains_reward else None,
         q=zero_head(new_policy(MODEL, tokenizer)) if has_q else None,
     )
-    launch = Launch("deepspeed", world.size, zero, micro_batch, 60)
+    launch = Launch("deepspeed", world.size, zero, micro_batch, "auto", False, 60)
     rates = {n: 3e-4 for n in ("critic", "reward", "q") if getattr(actor, n) is not None}
     learner = Learner(actor, OPTIM, 6, launch, world, "fp32", rates)
     judges = Judges(ref, Scorer(judge))

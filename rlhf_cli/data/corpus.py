@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeAlias, TypeVar
 
 from rlhf_cli.errors import UserError
 
 Gold: TypeAlias = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Prompts and responses, one to one, to true scores; known only where the project made the data."""
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -55,6 +56,8 @@ class Demo:
 
     prompt: str
     response: str
+    where: str = field(default="", compare=False)
+    """ "file:line" of a row that was read; like every `where` it says nothing of what is learned."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class Pair:
     prompt: str
     chosen: str
     rejected: str
+    subset: str = field(default="", compare=False)
+    """The part of the data it is from, for those who report by part; empty where there are no parts. It
+    changes nothing that is learned, so it is in no digest."""
+    where: str = field(default="", compare=False)
+    """ "file:line" of a row that was read."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +122,30 @@ class Dataset(Protocol):
         ...
 
     @property
+    def has_gold(self) -> bool:
+        """Whether `Corpus.gold` will be there, known without loading."""
+        ...
+
+    @property
     def max_prompt_tokens(self) -> int:
-        """Longest prompt in tokens; what to do about longer ones is the stages' business."""
+        """Longest prompt in tokens."""
         ...
 
     @property
     def max_response_tokens(self) -> int:
         """Longest response in tokens, the end token included."""
+        ...
+
+    @property
+    def repositories(self) -> Mapping[str, str]:
+        """What the rows are read from on the hub, with the commit of each; empty if nothing is."""
+        ...
+
+    def shorter(self, prompt: str) -> str | None:
+        """The next shorter version of a prompt that is too long in tokens.
+
+        None if there is none: what is still too long then loses its beginning token by token.
+        """
         ...
 
     def load(self) -> Corpus:
@@ -132,15 +157,68 @@ class Dataset(Protocol):
         ...
 
 
+class DatasetDefaults:
+    """What is so of most datasets: nobody pays, nobody knows the truth, the rows are here, and a long
+    prompt loses its beginning.
+    """
+
+    pays: ClassVar[bool] = False
+
+    @property
+    def has_gold(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def repositories(self) -> Mapping[str, str]:
+        """None."""
+        return {}
+
+    def shorter(self, prompt: str) -> str | None:
+        """None."""
+        return None
+
+
+class BadRow(UserError):
+    """What is wrong with one row; as a sentence for the user it says how to do without such rows."""
+
+    def __init__(self, cause: str, where: str, what: str) -> None:
+        super().__init__(
+            f"{where}: {what}; mend or delete the row, or leave such rows out with data.on_bad_row=drop."
+        )
+        self.cause, self.where = cause, where
+
+
+OnBadRow: TypeAlias = Literal["error", "drop"]
+
+
 @dataclass
 class Drops:
-    """Collects what is left out while rows are read."""
+    """Collects what is left out while rows are read, and refuses bad rows where that is wanted."""
 
+    on_bad_row: OnBadRow
+    """error: the first bad row ends it; drop: bad rows are left out and counted."""
     causes: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, cause: str, where: str) -> None:
-        """Note that the row at `where` ("file:line") was left out because of `cause`."""
+        """Note that the good row at `where` ("file:line") was left out because of `cause`."""
         self.causes.setdefault(cause, []).append(where)
+
+    def bad(self, row: BadRow) -> None:
+        """Note a bad row, or raise it."""
+        if self.on_bad_row == "error":
+            raise row
+        self.add(row.cause, row.where)
+
+    def parsed(self, rows: Iterable[R], parse: Callable[[R], T]) -> Iterator[tuple[R, T]]:
+        """Each row with what `parse` makes of it, less those of which it raises BadRow."""
+        for row in rows:
+            try:
+                made = parse(row)
+            except BadRow as bad:
+                self.bad(bad)
+            else:
+                yield row, made
 
     def frozen(self) -> dict[str, tuple[str, ...]]:
         """The notes so far, as `Corpus.drops`."""
@@ -149,7 +227,10 @@ class Drops:
 
 def unique(items: Iterable[T], key: Callable[[T], Hashable] = lambda item: item) -> tuple[T, ...]:
     """The first item of each key, in order."""
-    return tuple({key(item): item for item in reversed(list(items))}.values())[::-1]
+    first: dict[Hashable, T] = {}
+    for item in items:
+        first.setdefault(key(item), item)
+    return tuple(first.values())
 
 
 def require_rows(corpus: Corpus, source: str) -> None:
@@ -157,11 +238,18 @@ def require_rows(corpus: Corpus, source: str) -> None:
     for name, split in (("training", corpus.train), ("held-out", corpus.heldout)):
         for kind in ("demos", "pairs", "prompts"):
             if not getattr(split, kind):
-                dropped = sum(map(len, corpus.drops.values()))
                 raise UserError(
-                    f"{source}: the {name} split of {corpus.title} has no {kind} ({dropped} rows "
-                    "were unusable); give files with usable rows or choose another data.source."
+                    f"{source}: the {name} split of {corpus.title} has no {kind} ({_left_out(corpus)});"
+                    " give files with usable rows or choose another data.source."
                 )
+
+
+def _left_out(corpus: Corpus) -> str:
+    if not corpus.drops:
+        return "no row was left out"
+    cause, rows = max(corpus.drops.items(), key=lambda item: len(item[1]))
+    count = sum(map(len, corpus.drops.values()))
+    return f"rows left out: {count}, above all for '{cause}' as at {rows[0]}"
 
 
 def _digest(*splits: Split) -> str:

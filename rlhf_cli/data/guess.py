@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from rlhf_cli.data.corpus import Corpus, Demo, Pair, Split
+from rlhf_cli.data.corpus import Corpus, DatasetDefaults, Demo, Pair, Split
 from rlhf_cli.data.embedded import Embedded, distinct, fingerprint, preference
 from rlhf_cli.data.guess_game import (
     GUESSES,
@@ -35,7 +35,7 @@ MUMBLES = ("I do not know.", "Is it a large one?", "Is it {one} or {other}?", "T
 
 
 @dataclass(frozen=True, config=STRICT)
-class Guess:
+class Guess(DatasetDefaults):
     """Openings, single turns of played dialogues, and pairs of such turns."""
 
     name: str
@@ -48,6 +48,11 @@ class Guess:
     """Of the generated rows; demonstrations and pairs count turns, prompts count openings."""
 
     pays: ClassVar[bool] = True
+
+    @property
+    def has_gold(self) -> bool:
+        """The task itself."""
+        return True
 
     @property
     def title(self) -> str:

@@ -1,34 +1,74 @@
-"""Rows of text columns from files in the hub's layout, or from the hub itself.
+"""Rows from files or from the hub, one at a time, each knowing where it stands.
 
-Whatever is wrong with the input is a UserError that names the file and, if there is one, the line.
+What is wrong with a file as a whole is a UserError. What is wrong with one row is a BadRow, and whether
+that ends the run or is counted is decided by the `Drops` that the reader is given.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import io
 import json
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, TypeAlias
 
 from rlhf_cli import hub
+from rlhf_cli.data.corpus import BadRow, Drops
 from rlhf_cli.errors import UserError
 
-SUFFIXES = (".jsonl.gz", ".jsonl")
+LONGEST_LINE = 8 * 2**20
+"""Bytes of a line beyond which a file is taken to be something else than rows of text."""
+SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet", ".csv.gz", ".csv")
+_SHARD = re.compile(r"-\d+-of-(\d+)(-\w+)?\.parquet")  # some writers put a hash behind the numbers
 
 
 @dataclass(frozen=True)
 class Row:
-    """Text by column, and where it stands ("file:line")."""
+    """Values by column, and where they stand."""
 
     where: str
-    text: Mapping[str, str]
+    """ "file:line", short enough for a list."""
+    values: Mapping[str, object]
+
+    def text(self, column: str) -> str:
+        """The text in a column. Raises BadRow unless it is text that can be encoded again."""
+        value = self.values.get(column)
+        if value is None:
+            raise self.bad("missing column", f"there is nothing in column {column}")
+        return self.checked(value, f"column {column}")
+
+    def checked(self, value: object, what: str) -> str:
+        """`value`, if it is text that can be encoded again; else BadRow about `what`."""
+        if not isinstance(value, str):
+            raise self.bad("wrong type", f"{what} holds {_kind(value)}, not text")
+        if "\0" in value:
+            raise self.bad("not text", f"{what} holds a NUL character")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.bad("not text", f"{what} holds bytes that are no UTF-8") from None
+        return value
+
+    def bad(self, cause: str, what: str) -> BadRow:
+        """The complaint that `what` is wrong with this row, counted under `cause`."""
+        return BadRow(cause, self.where, what)
 
 
-def locate(path: str | None, stems: Iterable[str]) -> list[Path]:
-    """The file of each stem ("helpful-base/train") under the folder `path`, compressed or not."""
+Reader: TypeAlias = Callable[[Path, Drops], Iterator[Row]]
+
+
+def locate(path: str | None, stems: Iterable[str]) -> list[list[Path]]:
+    """For each stem ("helpful-base/train") its files under the folder `path`.
+
+    One file with any of the suffixes, or parquet in shards: train-00000-of-00002.parquet. Raises
+    UserError.
+    """
     if path is None:
         raise UserError(
             "data.path is not set, but data.source=path reads local files; add data.path=DIR."
@@ -36,19 +76,49 @@ def locate(path: str | None, stems: Iterable[str]) -> list[Path]:
     folder, stems = Path(path).expanduser(), list(stems)
     if not folder.is_dir():
         raise UserError(f"data.path={path} is not a folder that can be read; give an existing one.")
-    files = []
-    for stem in stems:
-        found = [file for suffix in SUFFIXES if (file := folder / f"{stem}{suffix}").is_file()]
-        if not found:
+    found = [files_of(folder, stem) for stem in stems]
+    for stem, files in zip(stems, found, strict=True):
+        if not files:
             raise UserError(
-                f"data.path={path} has no {stem}{SUFFIXES[0]} (or {SUFFIXES[1]}); "
+                f"data.path={path} has no {stem}{SUFFIXES[0]} (nor {', '.join(SUFFIXES[1:])}); "
                 f"a folder with {', '.join(stems)} in it is needed."
             )
-        files.append(found[0])
-    return files
+    return found
 
 
-def fingerprint(files: Sequence[Path]) -> str:
+def files_of(folder: Path, stem: str) -> list[Path]:
+    """The files of one stem, none if there are none. Raises UserError if it is not clear which."""
+    base = folder / stem
+    whole = [file for suffix in SUFFIXES if (file := folder / f"{stem}{suffix}").is_file()]
+    shards = {
+        file: int(match[1])
+        for file in sorted(base.parent.glob("*.parquet"))
+        if (match := _SHARD.fullmatch(file.name.removeprefix(base.name)))
+    }
+    either = [*whole, *list(shards)[:1]]
+    if len(either) > 1:
+        raise UserError(
+            f"{either[0]} and {either[1].name} could both be meant; keep one of them in the folder."
+        )
+    if shards and {*shards.values()} != {len(shards)}:
+        raise UserError(
+            f"{either[0]} is one of {shards[either[0]]} files by its name, but {len(shards)} are there;"
+            " complete the set."
+        )
+    return whole or list(shards)
+
+
+def pinned(key: str, repository: str, revision: str | None) -> str:
+    """The revision, if it is a commit. Raises UserError: branches move, but a key means one set of rows."""
+    if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
+        raise UserError(
+            f"{key}={revision or 'null'} is no commit of {repository}, whose rows may change; give the"
+            f" 40 hexadecimal digits of one, as its page on the hub lists them, with {key}=COMMIT."
+        )
+    return revision
+
+
+def fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 of the files' bytes in the order given; their names and places do not matter."""
     sha = hashlib.sha256()
     for file in files:
@@ -59,23 +129,29 @@ def fingerprint(files: Sequence[Path]) -> str:
     return sha.hexdigest()
 
 
-def read_file(file: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a JSON-lines file; columns not asked for are left out."""
-    name = f"{file.parent.name}/{file.name}"
-    opened = gzip.open if file.suffix == ".gz" else open
+def read(file: Path, drops: Drops) -> Iterator[Row]:
+    """The rows of a file by its suffix; unreadable rows go to `drops`. Raises UserError."""
+    reader = next((how for suffix, how in READERS.items() if file.name.endswith(suffix)), None)
+    if reader is None:
+        raise UserError(f"{file} is of no kind that is read; give {', '.join(SUFFIXES)}.")
+    empty = True
     try:
-        with opened(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield Row(f"{name}:{number}", _columns(line, columns, f"{file}:{number}"))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        for row in reader(file, drops):
+            empty = False
+            yield row
+    except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(file, error) from error
+    if empty:
+        raise UserError(f"{file} holds no usable row; give a file with rows.")
 
 
 def read_hub(
     repository: str, revision: str, split: str, columns: Sequence[str], folder: str | None = None
 ) -> Iterator[Row]:
-    """The rows of one split of a dataset on the hub, or of one folder of it, at a pinned commit."""
+    """The rows of one split of a dataset on the hub, or of one folder of it, at a pinned commit.
+
+    columns: those without which the dataset is the wrong one; all columns are in the rows.
+    """
     if hub.out_of_reach():
         raise _no_hub(repository, "cannot be reached")
     import datasets
@@ -92,24 +168,122 @@ def read_hub(
             f"{name} has no column {missing[0]}; data.hub must name a dataset with the columns "
             f"{', '.join(columns)}."
         )
-    for number, row in enumerate(table.select_columns(list(columns)), 1):
+    for number, row in enumerate(table, 1):
         yield Row(f"{name}:{number}", row)
 
 
-def _columns(line: str, columns: Sequence[str], where: str) -> dict[str, str]:
+def hub_splits(repository: str, revision: str) -> list[str]:
+    """What the splits of a dataset on the hub are called."""
+    if hub.out_of_reach():
+        raise _no_hub(repository, "cannot be reached")
+    import datasets
+
     try:
-        row = json.loads(line)
+        return list(datasets.get_dataset_split_names(repository, revision=revision))
+    except Exception as error:  # as above
+        raise _no_hub(repository, f"could not be loaded ({type(error).__name__})") from error
+
+
+def _json_lines(file: Path, drops: Drops) -> Iterator[Row]:
+    with _opened(file) as lines:
+        number = 0
+        while line := lines.readline(LONGEST_LINE + 1):
+            number += 1
+            where = f"{short(file)}:{number}"
+            if len(line) > LONGEST_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(LONGEST_LINE)
+                drops.bad(
+                    BadRow("line too long", where, f"it is longer than {LONGEST_LINE >> 20} MiB")
+                )
+            elif line.strip():
+                try:
+                    yield Row(where, _json_object(line.removeprefix(b"\xef\xbb\xbf"), where))
+                except BadRow as bad:
+                    drops.bad(bad)
+
+
+def _json_object(line: bytes, where: str) -> dict[str, object]:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise BadRow("not text", where, f"byte {error.start + 1} is no UTF-8") from None
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not valid JSON ({error.msg}); fix or delete the line."
-        ) from error
-    for column in columns:
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            raise UserError(
-                f"{where} has no text in column {column}; every row needs {', '.join(columns)}: "
-                "fix or delete the line."
-            )
-    return {column: row[column] for column in columns}
+        raise BadRow("invalid JSON", where, f"it is not valid JSON ({error.msg})") from None
+    except (RecursionError, ValueError):
+        raise BadRow("invalid JSON", where, "it is not JSON that can be read") from None
+    if not isinstance(value, dict):
+        raise BadRow("wrong type", where, f"it holds {_kind(value)}, not an object with columns")
+    return value
+
+
+def _comma_separated(file: Path, drops: Drops) -> Iterator[Row]:
+    csv.field_size_limit(LONGEST_LINE)
+    # Bytes that are no UTF-8 come through as lone surrogates, which `Row.text` refuses row by row.
+    with _opened(file) as opened:
+        text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        table = csv.reader(text, strict=True)
+        columns: list[str] = []
+        while True:
+            where = f"{short(file)}:{table.line_num + 1}"
+            try:
+                values = next(table, None)
+            except csv.Error as error:
+                # A quote that is not closed takes in the rows behind it, and nobody knows how many.
+                if not columns or where != f"{short(file)}:{table.line_num}":
+                    raise UserError(
+                        f"{where}: the row that begins here is not valid CSV ({error}), and without it"
+                        " those behind it cannot be read; mend its quotes."
+                    ) from error
+                drops.bad(BadRow("invalid CSV", where, f"it is not valid CSV ({error})"))
+                continue
+            if values is None:
+                return
+            if not columns:
+                columns = values
+            elif len(values) > len(columns):
+                drops.bad(BadRow("invalid CSV", where, "it has more values than the header names"))
+            elif values:
+                yield Row(where, dict(zip(columns, values, strict=False)))
+
+
+def _parquet(file: Path, drops: Drops) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{short(file)}:{number}", values)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise _unreadable(file, error) from error
+
+
+READERS: dict[str, Reader] = {
+    ".jsonl": _json_lines,
+    ".jsonl.gz": _json_lines,
+    ".parquet": _parquet,
+    ".csv": _comma_separated,
+    ".csv.gz": _comma_separated,
+}
+
+
+def _opened(file: Path) -> BinaryIO:
+    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
+
+
+def short(file: Path) -> str:
+    """A file's name with its folder's."""
+    return "/".join(file.parts[-2:])
+
+
+def _kind(value: object) -> str:
+    """What a value is, in the words of JSON."""
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return "nothing" if value is None else names.get(type(value), "an object")
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:

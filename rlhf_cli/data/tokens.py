@@ -1,34 +1,184 @@
-"""Text to token ids: the one rendering used for training, sampling and scoring."""
+"""Text to token ids: the one rendering used for training, sampling and scoring.
+
+A prompt and a response are encoded apart and laid side by side, so that what is learned, drawn and
+scored has the boundary in the same place, whatever merges the tokenizer would make across it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from filelock import FileLock
+
+from rlhf_cli.data.corpus import Dataset
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
+REVISION = 1
+"""Raised by hand when the same text gets other ids, so that no cache of older ones is read."""
+AT_ONCE = 1024
+"""Texts per call of the tokenizer, which works on them in parallel."""
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, longest: int) -> list[int]:
-    """Ids of a prompt, with exactly one start token if the tokenizer uses one.
-
-    A prompt of more than `longest` tokens keeps its end: the last turn is what is to be answered.
-    """
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    start = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
-    return start + ids[-(longest - len(start)) :]
+Ids: TypeAlias = list[int]
 
 
-def response_ids(tokenizer: PreTrainedTokenizerBase, text: str, longest: int) -> list[int]:
-    """Ids of a response and the end token.
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer, the longest prompt and response, and how a longer prompt is made to fit."""
 
-    A response of more than `longest` tokens is cut and then has no end token: a cut must not teach the
-    policy that the answer was over.
-    """
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id][:longest]
+    tokenizer: PreTrainedTokenizerBase
+    longest_prompt: int
+    longest_response: int
+    shorter: Callable[[str], str | None]
+    """`Dataset.shorter`."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, data: Dataset) -> Encoder:
+        """With the dataset's limits."""
+        return cls(tokenizer, data.max_prompt_tokens, data.max_response_tokens, data.shorter)
+
+    def prompt(self, text: str) -> Ids:
+        """Ids of a prompt: shortened until it fits, with exactly one start token if there is one."""
+        return self.prompts([text])[0]
+
+    def prompts(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of prompts."""
+        return [self._fitted(text, ids) for text, ids in zip(texts, self._ids(texts), strict=True)]
+
+    def response(self, text: str) -> Ids:
+        """Ids of a response and the end token."""
+        return self.responses([text])[0]
+
+    def responses(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of responses, each with the end token.
+
+        A response of more than `longest_response` tokens is cut and then has no end token: a cut must
+        not teach the policy that the answer was over.
+        """
+        end = int(self.tokenizer.eos_token_id)
+        return [[*ids, end][: self.longest_response] for ids in self._ids(texts)]
+
+    def _ids(self, texts: Sequence[str]) -> list[Ids]:
+        if not texts:
+            return []
+        ids: list[Ids] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _fitted(self, text: str, ids: Ids) -> Ids:
+        """One shorter version after the other; what none makes fit loses its beginning.
+
+        A rendering that opens with the start token itself, as chat templates do, gets no second one.
+        """
+        start = [int(self.tokenizer.bos_token_id)] if uses_bos(self.tokenizer) else []
+        while True:
+            body = ids[len(start) :] if start and ids[:1] == start else ids
+            room = self.longest_prompt - len(start)
+            if len(body) <= room or (cut := self.shorter(text)) is None:
+                return start + body[max(0, len(body) - room) :]
+            text, ids = cut, self._ids([cut])[0]
+
+    def identity(self) -> bytes:
+        """What decides the ids of a text, for the name of a cache."""
+        tokenizer: Any = self.tokenizer
+        core = getattr(tokenizer, "backend_tokenizer", None)
+        told = core.to_str() if core is not None else repr(sorted(tokenizer.get_vocab().items()))
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, uses_bos(tokenizer))
+        how = getattr(self.shorter, "__func__", self.shorter).__qualname__
+        rest = (REVISION, ends, self.longest_prompt, self.longest_response, how)
+        return f"{told}{rest}".encode()
 
 
 def uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself opens a text with its start token."""
     probe = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id]
+
+
+class Encoded(Sequence[tuple[Ids, ...]]):
+    """Rows of a few id lists each, read from a file in place: nothing is loaded until it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._ids: NDArray[Any] = np.load(folder / "ids.npy", mmap_mode="r")
+        self._ends: NDArray[Any] = np.load(folder / "ends.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @property
+    def lengths(self) -> NDArray[Any]:
+        """[rows, lists] ids in each list of each row."""
+        return np.diff(self._ends.ravel(), prepend=0).reshape(self._ends.shape)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        row %= len(self)
+        at = int(self._ends[row - 1, -1]) if row else 0
+        cuts = [at, *map(int, self._ends[row])]
+        return tuple(self._ids[a:b].tolist() for a, b in pairwise(cuts))
+
+
+def encoded(
+    encoder: Encoder,
+    rows: Sequence[tuple[str, ...]],
+    cache: Path,
+    told: Callable[[int, int], None],
+) -> Encoded:
+    """(prompt, response, …) rows as ids, out of the cache if they were encoded before.
+
+    The first process that comes encodes and tells how far it is (rows done, rows in all); the others
+    wait for it. A cache is whole or it is not there: it is written under another name first.
+    """
+    folder = cache / "tokens" / _name(encoder, rows)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                _write(encoder, rows, folder, told)
+    return Encoded(folder)
+
+
+def _name(encoder: Encoder, rows: Iterable[tuple[str, ...]]) -> str:
+    sha = hashlib.sha256(encoder.identity())
+    for row in rows:
+        for text in row:
+            data = text.encode()
+            sha.update(len(data).to_bytes(8, "big"))
+            sha.update(data)
+        sha.update(b"\n")
+    return sha.hexdigest()[:24]
+
+
+def _write(
+    encoder: Encoder,
+    rows: Sequence[tuple[str, ...]],
+    folder: Path,
+    told: Callable[[int, int], None],
+) -> None:
+    parts: list[NDArray[Any]] = []
+    lengths: list[list[int]] = []
+    for at in range(0, len(rows), AT_ONCE):
+        some = rows[at : at + AT_ONCE]
+        prompts, *answers = zip(*some, strict=True)
+        columns = [encoder.prompts(prompts), *map(encoder.responses, answers)]
+        for row in zip(*columns, strict=True):
+            lengths.append([len(ids) for ids in row])
+            parts.append(np.fromiter((i for ids in row for i in ids), dtype=np.int32))
+        told(at + len(some), len(rows))
+    columns_each = len(lengths[0]) if lengths else 1
+    ends = np.array(lengths, dtype=np.int64).cumsum().reshape(len(rows), columns_each)
+    fresh = folder.with_suffix(".part")
+    fresh.mkdir(exist_ok=True)
+    np.save(fresh / "ids.npy", np.concatenate(parts) if parts else np.zeros(0, np.int32))
+    np.save(fresh / "ends.npy", ends)
+    fresh.rename(folder)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_cli.engine.learner import Learner
 from rlhf_cli.engine.world import World
 from rlhf_cli.errors import UserError
+from rlhf_cli.models.tuning import merged
 
 KEPT = 2
 """Checkpoints that stay; older ones are removed."""
@@ -84,11 +85,14 @@ def _damaged(folder: Path) -> str:
 def save_final(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str
 ) -> None:
-    """Writes a Hugging Face folder (safetensors, tokenizer, model card), whole or not at all."""
+    """Writes a Hugging Face folder (safetensors, tokenizer, model card), whole or not at all.
+
+    Adapters are merged into the weights, so that any library reads it.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    merged(model).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card)
     shutil.rmtree(folder, ignore_errors=True)

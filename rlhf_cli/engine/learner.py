@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import deepspeed
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf_cli.core.algorithm import Terms
 from rlhf_cli.core.masked import averages
@@ -54,6 +55,10 @@ class Learner:
         """rates: peak learning rate by submodule name, where it is not `optim.lr`."""
         self.optim, self.steps, self.world, self.launch = optim, steps, world, launch
         module.to(world.device)
+        if launch.checkpointing:
+            for model in module.modules():
+                if isinstance(model, PreTrainedModel):
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
         self._copy = copy.deepcopy(module) if launch.zero == 3 else None
         groups = _groups(module, optim.lr, rates or {})
         self._names, self._peaks = ["", *(rates or {})], [group["lr"] for group in groups]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from rlhf_cli.engine.dialogue import Line, Partner, converse
 from rlhf_cli.engine.forward import Rows, per_row, per_token
 from rlhf_cli.engine.sampler import Expert, draw, left_pad, uniforms
 from rlhf_cli.engine.world import World
+from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor, Scorer, log_probs, next_logits
+from rlhf_cli.models.tuning import Policy
 from rlhf_cli.recipes import Drawing
 
 PLAIN = Drawing(temperature=1.0, noise=0.0)
@@ -27,9 +30,13 @@ PLAIN = Drawing(temperature=1.0, noise=0.0)
 class Judges:
     """Frozen models beside the policy; None where nothing asks for them."""
 
-    ref: PreTrainedModel | None
+    ref: Policy | None
     reward: Scorer | None
     guide: PreTrainedModel | None = None
+    weight: float = 1.0
+    """What a unit of the reward model counts beside what is said of the texts."""
+    texts: Callable[[Sequence[str], Sequence[str]], list[float]] | None = None
+    """Scores prompts and responses as texts; NaN is a score that is missing."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Asked:
     given: tuple[Sequence[int], ...] = ()
     """One per source that is not drawn, in the order of `Sampling.sources`."""
     text: str = ""
-    """The prompt as text, for a task that replies to it."""
+    """The prompt as text, for whoever replies to it or judges texts."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,9 @@ class Collector:
     unended_adds: bool = False
     drawing: Drawing = PLAIN
     """Temperature of what is drawn from the policy, and noise of its scores."""
+    missing: Literal["stop", "leave", "keep"] = "stop"
+    """What a prompt does with a response whose score is missing: it ends the run, or leaves the rollout,
+    the next fully scored prompt standing in for it; keep leaves the score NaN."""
     learned_reward: bool = False
     """Whether scores are those of the actor's own reward model."""
     partner: Partner | None = None
@@ -85,6 +95,8 @@ class Collector:
         said = self._ask(actor, tokens, attention, mask)
         if paid:
             said |= {"reward": paid[0], "score": paid[0].sum(-1)}
+        elif (score := self._score(actor, asked[mine], tokens, attention, mask)) is not None:
+            said["score"] = score
         said["coin"] = uniform[:, -2].to(self.world.device)
         if "score" in said and self.drawing.noise > 0:
             normal = torch.special.ndtri(uniform[:, -1].clamp(1e-6, 1 - 1e-6).double()).float()
@@ -100,7 +112,7 @@ class Collector:
         }
         for name in ("logp_ref", "score", "value_old"):
             whole.setdefault(name, None)
-        rollout = Rollout(source=sampling.sources, **whole)
+        rollout = self._scored(Rollout(source=sampling.sources, **whole))
         return rollout, {"generate": drew - began, "score": time.perf_counter() - drew}
 
     def _answers(
@@ -217,7 +229,7 @@ class Collector:
     def _ask(
         self, actor: Actor, tokens: Tensor, attention: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
-        """[n,T] log-probabilities and values, [n] scores of this process's rows."""
+        """[n,T] log-probabilities and values of this process's rows."""
         batch = (tokens, attention, mask, self.micro_batch)
         said = {
             name: per_token(
@@ -233,17 +245,55 @@ class Collector:
             }.items()
             if model is not None
         }
-        reward = actor.reward if self.learned_reward else self.judges.reward
-        if reward is not None and self.partner is None:
-            said["score"] = per_row(lambda r: reward(r.tokens, r.attention), *batch)
-            if self.unended is not None:
-                cut = said["score"] + self.unended if self.unended_adds else self.unended
-                said["score"] = torch.where(self._ended(tokens, mask), said["score"], cut)
         if (critic := actor.critic) is not None:
             said["value_old"] = per_token(lambda r: critic(r.tokens, r.attention, r.length), *batch)
         elif self.soft_beta is not None:
             said["value_old"] = per_token(lambda r: self._soft_value(actor, r), *batch)
         return said
+
+    def _score(
+        self,
+        actor: Actor,
+        asked: Sequence[Asked],
+        tokens: Tensor,
+        attention: Tensor,
+        mask: Tensor,
+    ) -> Tensor | None:
+        """[n] what this process's rows are worth; None if nobody is there to say."""
+        model = actor.reward if self.learned_reward else self.judges.reward
+        texts, score = self.judges.texts, torch.zeros(len(tokens), device=tokens.device)
+        if model is None and texts is None:
+            return None
+        if model is not None:
+            ask = (tokens, attention, mask, self.micro_batch)
+            score += self.judges.weight * per_row(lambda r: model(r.tokens, r.attention), *ask)
+        if texts is not None:
+            each = len(tokens) // len(asked)
+            prompts = [a.text for a in asked for _ in range(each)]
+            score += torch.tensor(texts(prompts, self._texts(tokens, attention, mask))).to(score)
+        if self.unended is not None:
+            cut = score + self.unended if self.unended_adds else self.unended
+            score = torch.where(self._ended(tokens, mask), score, cut)
+        return score
+
+    def _scored(self, rollout: Rollout) -> Rollout:
+        """The rollout by the rule for scores that are missing. Raises UserError if that says stop."""
+        if rollout.score is None or self.missing == "keep":
+            return rollout
+        known = rollout.score.isfinite().all(1)
+        if known.all():
+            return rollout
+        scored = known.nonzero().squeeze(-1)
+        if self.missing == "stop" or len(scored) == 0:
+            count = int((~rollout.score.isfinite()).sum())
+            raise UserError(
+                f"{count} of {rollout.score.numel()} responses got no score that is a number; mend what"
+                " gives the scores and run the same command again, or let such prompts leave their"
+                " rollout with reward.missing=leave."
+            )
+        # The next fully scored prompt, round the end.
+        standing = torch.searchsorted(scored, torch.arange(len(known), device=known.device))
+        return rollout.take(scored[standing % len(scored)])
 
     def _soft_value(self, actor: Actor, rows: Rows) -> Tensor:
         """[n,T] sum_a pi(a|s) [ Qbar(s,a) - beta log(pi(a|s) / pi_ref(a|s)) ], Qbar the slow copy."""
@@ -260,9 +310,12 @@ class Collector:
 
     def texts(self, rollout: Rollout) -> list[str]:
         """Decoded responses, prompt by prompt, without end tokens; dialogues with the replies in them."""
-        longest = rollout.mask.shape[-1]
-        ids = rollout.tokens.flatten(0, 1)[:, -longest:]
-        kept = rollout.attention.flatten(0, 1)[:, -longest:].bool()
+        flat = (rollout.tokens.flatten(0, 1), rollout.attention.flatten(0, 1))
+        return self._texts(*flat, rollout.mask.flatten(0, 1))
+
+    def _texts(self, tokens: Tensor, attention: Tensor, mask: Tensor) -> list[str]:
+        longest = mask.shape[-1]
+        ids, kept = tokens[:, -longest:], attention[:, -longest:].bool()
         return self.tokenizer.batch_decode(
             [row[m].tolist() for row, m in zip(ids, kept, strict=True)], skip_special_tokens=True
         )

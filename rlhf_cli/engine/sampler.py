@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from rlhf_cli.models.heads import positions
+from rlhf_cli.models.tuning import Policy
 
 DROP_SHARE = 0.25
 """Rows that have ended draw on, unseen, until they are this share of the batch; then they are dropped."""
@@ -28,7 +28,7 @@ DROP_SHARE = 0.25
 class Expert:
     """A factor of the distribution that is drawn from: prod_i pi_i^weight_i, normalised per token."""
 
-    model: PreTrainedModel
+    model: Policy
     weight: float = 1.0
 
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rlhf_cli.errors import UserError
 from rlhf_cli.evals.statistics import Line, line_fit
 from rlhf_cli.evals.table import Point, SeedMean, check_comparable, points, seed_means
-from rlhf_cli.figures.style import LINES, PANEL, RC, look, shade
+from rlhf_cli.figures.style import LINES, PANEL, RC, look, pictures, shade
 from rlhf_cli.store.files import atomic_write, disk, sha256
 from rlhf_cli.store.provenance import provenance
 from rlhf_cli.store.run import Run
@@ -54,7 +54,7 @@ def frontier(runs: Sequence[Run], out: Path, command: str) -> dict[str, Path]:
     files["fit"] = Path(f"{base}_fit.csv")
     with disk(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-    for kind, data in _pictures(table).items():
+    for kind, data in pictures(draw(table)).items():
         atomic_write(files[kind], data)
     atomic_write(files["csv"], _csv([*_rows("point", table), *_rows("mean", seed_means(table))]))
     atomic_write(files["fit"], _csv(_fits(table)))
@@ -175,17 +175,6 @@ def _fits(table: Sequence[Point]) -> list[dict[str, Any]]:
     """The straight line of each curve that has one."""
     fits = ((curve, _fit([p for p in table if p.curve == curve])) for curve in _styles(table))
     return [{"curve": curve, **line._asdict()} for curve, line in fits if line]
-
-
-def _pictures(table: Sequence[Point]) -> dict[str, bytes]:
-    pictures = {}
-    figure = draw(table)
-    for kind, undated in (("png", {}), ("pdf", {"CreationDate": None})):
-        buffer = io.BytesIO()
-        with rc_context(RC):
-            figure.savefig(buffer, format=kind, dpi=200, metadata=undated)
-        pictures[kind] = buffer.getvalue()
-    return pictures
 
 
 def _rows(mark: str, marks: Sequence[Point] | Sequence[SeedMean]) -> list[dict[str, Any]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, distinguishable under the common colour deficiencies; its yellow is left
 # out because it fades on paper.
@@ -62,6 +65,17 @@ def look(algo: str) -> Look:
     """The look of an algorithm, the same in every figure; an unknown name keeps one by its hash."""
     spare = int.from_bytes(hashlib.sha256(algo.encode()).digest()[:4], "big") % len(_SPARE)
     return _KNOWN.get(algo, _SPARE[spare])
+
+
+def pictures(figure: Figure) -> dict[str, bytes]:
+    """The figure as png and as pdf; the same figure gives the same bytes."""
+    drawn = {}
+    for kind, undated in (("png", {}), ("pdf", {"CreationDate": None})):
+        buffer = io.BytesIO()
+        with rc_context(RC):
+            figure.savefig(buffer, format=kind, dpi=200, metadata=undated)
+        drawn[kind] = buffer.getvalue()
+    return drawn
 
 
 _SHADES = (("black", 0.0), ("black", 0.45), ("white", 0.45))

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from rlhf_cli.models.load import SCORE_OFFSET, SCORE_SCALE
+from rlhf_cli.models.tuning import Policy
 
 
 def positions(attention: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def positions(attention: Tensor) -> Tensor:
     return (attention.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def next_logits(policy: nn.Module, tokens: Tensor, attention: Tensor, length: int) -> Tensor:
+def next_logits(policy: Policy, tokens: Tensor, attention: Tensor, length: int) -> Tensor:
     """[N,length,V] logits that predict the last `length` columns; no others are formed.
 
     What predicts column i stands at column i-1, so the last column is not fed at all.
@@ -44,7 +45,7 @@ def taken(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def log_probs(
-    policy: nn.Module, tokens: Tensor, attention: Tensor, length: int, temperature: float = 1.0
+    policy: Policy, tokens: Tensor, attention: Tensor, length: int, temperature: float = 1.0
 ) -> Tensor:
     """[N,length] log pi(token | what precedes it) of the last `length` columns, fp32, in nats.
 

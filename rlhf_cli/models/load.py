@@ -46,21 +46,34 @@ def scratch_config(scratch: Scratch, tokenizer: PreTrainedTokenizerBase) -> PreT
     )
 
 
-def new_policy(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The policy before SFT: random weights (seeded) or the pretrained checkpoint."""
+def new_policy(
+    model: Model, tokenizer: PreTrainedTokenizerBase, attention: str = "auto"
+) -> PreTrainedModel:
+    """The policy before SFT: random weights (seeded) or the pretrained checkpoint.
+
+    attention: the kernel, as in `recipes.Launch`.
+    """
     if model.scratch is None:
-        return _pretrained_policy(model, tokenizer)
+        return _pretrained_policy(model, tokenizer, attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model.scratch.seed)
-        policy = AutoModelForCausalLM.from_config(scratch_config(model.scratch, tokenizer))
+        config = scratch_config(model.scratch, tokenizer)
+        policy = AutoModelForCausalLM.from_config(config, **_kernel(attention))
     return _prepared(policy.to(DTYPES[model.precision]), tokenizer)
 
 
-def _pretrained_policy(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _pretrained_policy(
+    model: Model, tokenizer: PreTrainedTokenizerBase, attention: str
+) -> PreTrainedModel:
     """The checkpoint, refused if part of it is missing: that part would be random in silence."""
     assert model.name is not None
     policy, report = load(
-        AutoModelForCausalLM, model.name, model.revision, model.precision, output_loading_info=True
+        AutoModelForCausalLM,
+        model.name,
+        model.revision,
+        model.precision,
+        attention,
+        output_loading_info=True,
     )
     if report["missing_keys"]:
         raise UserError(
@@ -70,9 +83,11 @@ def _pretrained_policy(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreT
     return _prepared(policy, tokenizer)
 
 
-def load_policy(path: Path, precision: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_policy(
+    path: Path, precision: str, tokenizer: PreTrainedTokenizerBase, attention: str = "auto"
+) -> PreTrainedModel:
     """The policy a stage left in its `final` folder."""
-    return _prepared(load(AutoModelForCausalLM, path, None, precision), tokenizer)
+    return _prepared(load(AutoModelForCausalLM, path, None, precision, attention), tokenizer)
 
 
 def zero_head(policy: PreTrainedModel) -> PreTrainedModel:
@@ -86,7 +101,11 @@ def zero_head(policy: PreTrainedModel) -> PreTrainedModel:
 
 
 def new_reward_model(
-    model: Model, sft: Path | None, tokenizer: PreTrainedTokenizerBase, seed: int
+    model: Model,
+    sft: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    attention: str = "auto",
 ) -> PreTrainedModel:
     """A trunk with a fresh scalar head of standard deviation 1/sqrt(width + 1) (Huang et al. 2024).
 
@@ -97,11 +116,11 @@ def new_reward_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if sft is not None:
-            reward = load(kind, sft, None, model.precision, num_labels=1)
+            reward = load(kind, sft, None, model.precision, attention, num_labels=1)
         elif model.scratch is not None:
             config = scratch_config(model.scratch, tokenizer)
             config.num_labels = 1
-            reward = kind.from_config(config).to(DTYPES[model.precision])
+            reward = kind.from_config(config, **_kernel(attention)).to(DTYPES[model.precision])
         else:
             assert model.name is not None
             own = load_tokenizer(model.name, model.revision)
@@ -110,7 +129,8 @@ def new_reward_model(
                     f"reward.model.name={model.name}: its tokenizer is not the policy's; "
                     "choose a reward model of the policy's family"
                 )
-            reward = load(kind, model.name, model.revision, model.precision, num_labels=1)
+            name, revision = model.name, model.revision
+            reward = load(kind, name, revision, model.precision, attention, num_labels=1)
         weight = reward.score.weight
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape) / (weight.shape[1] + 1) ** 0.5)
@@ -118,11 +138,16 @@ def new_reward_model(
 
 
 def load_reward_model(
-    path: Path, precision: str, tokenizer: PreTrainedTokenizerBase
+    path: Path, precision: str, tokenizer: PreTrainedTokenizerBase, attention: str = "auto"
 ) -> PreTrainedModel:
     """A trained reward model; UserError if its score head is missing, which would mean random scores."""
     model, report = load(
-        AutoModelForSequenceClassification, path, None, precision, output_loading_info=True
+        AutoModelForSequenceClassification,
+        path,
+        None,
+        precision,
+        attention,
+        output_loading_info=True,
     )
     if report["missing_keys"]:
         raise UserError(
@@ -132,18 +157,37 @@ def load_reward_model(
     return _prepared(model, tokenizer)
 
 
-def load(kind: type, name: str | Path, revision: str | None, precision: str, **options: object):  # type: ignore[no-untyped-def]
+def load(  # type: ignore[no-untyped-def]
+    kind: type,
+    name: str | Path,
+    revision: str | None,
+    precision: str,
+    attention: str = "auto",
+    **options: object,
+):
     """`kind.from_pretrained` with our errors; remote code is never run."""
+    options |= _kernel(attention)
     try:
         return kind.from_pretrained(  # type: ignore[attr-defined]
             str(name), revision=revision or "main", dtype=DTYPES[precision], **options
         )
+    except ImportError as error:
+        first = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"launch.attention={attention} cannot be had here ({first}); install what it needs, or set"
+            " launch.attention=auto."
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
             f"model.name={name}: its weights cannot be loaded ({first}); give a whole folder, or a"
             " repository that can be reached."
         ) from error
+
+
+def _kernel(attention: str) -> dict[str, str]:
+    """Nothing where transformers is to choose."""
+    return {} if attention == "auto" else {"attn_implementation": attention}
 
 
 def context_length(name: str | Path, revision: str | None) -> int | None:

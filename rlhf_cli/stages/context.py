@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_cli.config import Recipe
 from rlhf_cli.core.algorithm import State
 from rlhf_cli.data.corpus import Corpus
+from rlhf_cli.data.tokens import AT_ONCE, Encoded, Encoder, encoded
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.learner import Learner
 from rlhf_cli.engine.world import World
@@ -25,6 +26,9 @@ from rlhf_cli.store.files import atomic_write
 from rlhf_cli.store.metrics import Ledger
 from rlhf_cli.store.run import Run
 from rlhf_cli.track import Mirror
+
+WORTH_TELLING = 50_000
+"""Rows whose encoding takes long enough to be shown."""
 
 
 @dataclass
@@ -51,6 +55,19 @@ class Context:
     def final(self, role: str) -> Path:
         """The model folder of a parent."""
         return Run(self.parents[role]).final
+
+    def encoded(self, encoder: Encoder, rows: Sequence[tuple[str, ...]]) -> Encoded:
+        """(prompt, response, …) rows as ids, encoded once for all runs that read them so."""
+        cache = Path(self.recipe.paths.cache).expanduser()
+
+        def told(done: int, total: int) -> None:
+            if total < WORTH_TELLING:
+                return
+            if done <= AT_ONCE:
+                self.progress.start(total)
+            self.progress.at(done, "rows encoded")
+
+        return encoded(encoder, rows, cache, told)
 
     def report(self, step: int, row: Mapping[str, float], note: str = "") -> None:
         """Writes one line of metrics (main process), mirrors it, and moves the progress bar."""

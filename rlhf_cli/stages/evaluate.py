@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.core.rollout import Rollout
-from rlhf_cli.data.tokens import prompt_ids
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine.forward import in_parts
 from rlhf_cli.engine.rollout import PLAIN, Asked, Collector
 from rlhf_cli.errors import UserError
@@ -44,6 +44,7 @@ class Evaluator:
             drawing=PLAIN,
             learned_reward=False,
             soft_beta=None,
+            missing="stop" if collector.missing == "stop" else "keep",
         )
         return cls(ctx, pinned)
 
@@ -56,9 +57,9 @@ class Evaluator:
     def measure(self, actor: Actor) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The `eval/` metrics of a policy, and one row per prompt with the response behind them."""
         texts, world = self.prompts, self.ctx.world
-        longest = self.ctx.recipe.data.max_prompt_tokens
+        encoder = Encoder.of(self.collector.tokenizer, self.ctx.recipe.data)
         ids = [
-            Asked(prompt_ids(self.collector.tokenizer, text, longest), text=text) for text in texts
+            Asked(ids, text=text) for ids, text in zip(encoder.prompts(texts), texts, strict=True)
         ]
         # Processes share prompts evenly: the last one is repeated as often as that takes.
         padded = ids + ids[-1:] * (-len(ids) % world.size)
@@ -82,7 +83,7 @@ class Evaluator:
         elif self.ctx.corpus.gold is not None:
             columns["gold"] = torch.tensor(self.ctx.corpus.gold(texts, responses))
         rows = [
-            {"prompt": text, "response": response, **{k: float(v[i]) for k, v in columns.items()}}
+            {"prompt": text, "response": response, **{k: _known(v[i]) for k, v in columns.items()}}
             for i, (text, response) in enumerate(zip(texts, responses, strict=True))
         ]
         return {**_summary(columns), "eval/kl_k3": float(kl.k3.mean())}, rows
@@ -101,13 +102,21 @@ class Evaluator:
         return total
 
 
+def _known(value: Tensor) -> float | None:
+    """A number, or None for a score that is missing."""
+    return float(value) if value.isfinite() else None
+
+
 def _summary(columns: Mapping[str, Tensor]) -> dict[str, float]:
     """Means and standard errors under their published names."""
     summary = {"eval/prompts": float(len(columns["kl"]))}
     for name, column in {"kl": "kl", "reward": "score", "gold": "gold"}.items():
         if column in columns:
-            mean, se = mean_and_se(columns[column].double().tolist())
+            known = columns[column][columns[column].isfinite()]
+            mean, se = mean_and_se(known.double().tolist())
             summary |= {f"eval/{name}": mean, f"eval/{name}_se": se}
+    if "score" in columns and (unscored := int((~columns["score"].isfinite()).sum())):
+        summary["eval/unscored"] = float(unscored)
     if "kl_exact" in columns:
         summary["eval/kl_exact"] = float(columns["kl_exact"].double().mean())
     summary["eval/length"] = float(columns["length"].mean())

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from rlhf_cli.core.algorithm import Sampling
-from rlhf_cli.data.corpus import Corpus, Dataset, Demo, Pair, Split
-from rlhf_cli.data.tokens import prompt_ids, response_ids
+from rlhf_cli.data.corpus import Corpus, Demo, Pair, Split
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine.order import batch_at
 from rlhf_cli.engine.rollout import Asked
 from rlhf_cli.errors import UserError
@@ -20,8 +18,7 @@ class Feed:
     """An endless, shuffled, repeatable stream of what one stream of an algorithm asks."""
 
     corpus: Corpus
-    data: Dataset
-    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
     sampling: Sampling
     seed: int
 
@@ -30,7 +27,7 @@ class Feed:
         rows = self._rows(self.corpus.train)
         if not rows:
             raise UserError(
-                f"data={self.data.name} has no rows of the kind this algorithm reads (pairs,"
+                f"data={self.corpus.title} has no rows of the kind this algorithm reads (pairs,"
                 " demonstrations or prompts); choose another algorithm or other data"
             )
         chosen = [rows[i] for i in batch_at(len(rows), size, index, self.seed)]
@@ -50,10 +47,4 @@ class Feed:
             texts += [other.chosen] * self.sampling.mismatch
         if isinstance(row, Demo):
             texts.append(row.response)
-        return Asked(
-            prompt_ids(self.tokenizer, prompt, self.data.max_prompt_tokens),
-            tuple(
-                response_ids(self.tokenizer, text, self.data.max_response_tokens) for text in texts
-            ),
-            prompt,
-        )
+        return Asked(self.encoder.prompt(prompt), tuple(self.encoder.responses(texts)), prompt)

@@ -6,11 +6,16 @@ A scalar head on the trunk of the SFT policy (or of `reward.model` if that is an
 last token of the response. Afterwards its scores are moved and scaled so that responses of the SFT
 policy have mean 0 and standard deviation 1 (Ziegler et al. 2019): 0 is the SFT level, and a beta means
 the same on every dataset.
+
+What it is worth on the held-out pairs is told in `report.json` and drawn in `report.png` and
+`report.pdf`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import cast
 
 import torch
@@ -18,19 +23,26 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_cli.core.algorithm import Sampling
-from rlhf_cli.data.tokens import prompt_ids, response_ids
+from rlhf_cli.data.tokens import Encoded, Encoder
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, per_row
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import shuffled
 from rlhf_cli.engine.rollout import Asked, Collector, Judges
+from rlhf_cli.evals.reward_report import Report, Scored, report
 from rlhf_cli.evals.statistics import proportion_interval
+from rlhf_cli.figures import reward as figure
 from rlhf_cli.models.heads import Actor, Scorer
 from rlhf_cli.models.load import SCORE_OFFSET, SCORE_SCALE, load_policy, new_reward_model
 from rlhf_cli.models.tokenizer import load_tokenizer
+from rlhf_cli.models.tuning import tuned
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context
 from rlhf_cli.stages.supervised import Batch, fit, require, right_padded
+from rlhf_cli.store.files import atomic_write
+
+SCORED_ALONE = 64
+"""Answers that are scored a second time, each without others: enough to see whether batches matter."""
 
 
 def main(ctx: Context) -> None:
@@ -40,23 +52,21 @@ def main(ctx: Context) -> None:
     pad = int(tokenizer.pad_token_id)
     precision = recipe.model.precision
 
-    def encode(pair):  # type: ignore[no-untyped-def]
-        prompt = prompt_ids(tokenizer, pair.prompt, data.max_prompt_tokens)
-        return [
-            (prompt, response_ids(tokenizer, text, data.max_response_tokens))
-            for text in (pair.chosen, pair.rejected)
-        ]
-
-    rows = [encode(pair) for pair in ctx.corpus.train.pairs]
-    heldout = [encode(pair) for pair in ctx.corpus.heldout.pairs]
+    encoder = Encoder.of(tokenizer, data)
+    rows, heldout = (
+        ctx.encoded(encoder, [(pair.prompt, pair.chosen, pair.rejected) for pair in split.pairs])
+        for split in (ctx.corpus.train, ctx.corpus.heldout)
+    )
     require(rows, "preference pairs", recipe.batch, data.name)
+    require(heldout, "held-out preference pairs", 1, data.name)
     steps = max(1, int(recipe.epochs * len(rows) / recipe.batch))
-    sft = ctx.final("sft") if recipe.model == ctx.recipe.model else None
-    scorer = Scorer(new_reward_model(recipe.model, sft, tokenizer, recipe.seed))
+    sft = ctx.final("sft") if recipe.model.starts_like(ctx.recipe.model) else None
+    model = new_reward_model(recipe.model, sft, tokenizer, recipe.seed, ctx.recipe.launch.attention)
+    scorer = Scorer(tuned(model, recipe.model.tuning, "reward.model", recipe.seed))
     learner = Learner(scorer, recipe.optim, steps, ctx.recipe.launch, ctx.world, precision)
 
     def collate(index) -> Batch:  # type: ignore[no-untyped-def]
-        return right_padded([side for i in index for side in rows[i]], pad, on_prompt=True)
+        return right_padded(_sides(rows[i] for i in index), pad, on_prompt=True)
 
     def judge(part: Rows, counts: Mapping[int, float]) -> Judged:
         chosen, rejected = learner.engine(part.tokens, part.attention).view(-1, 2).unbind(1)
@@ -68,7 +78,7 @@ def main(ctx: Context) -> None:
     def evaluate(last: bool) -> dict[str, float]:
         pairs = heldout if last else heldout[: ctx.recipe.eval.prompts]
         with learner.whole() as whole:
-            scores = _scores(ctx, whole, [side for pair in pairs for side in pair], pad)
+            scores = _scores(ctx, whole, _sides(pairs), pad)
         gap = scores[0::2] - scores[1::2]
         low, high = proportion_interval(int((gap > 0).sum()), len(gap))
         return {
@@ -86,8 +96,16 @@ def main(ctx: Context) -> None:
         trained = cast(Scorer, whole)
         mean, scale = _calibration(ctx, trained, tokenizer)
         trained.model.config.update({SCORE_OFFSET: mean, SCORE_SCALE: scale})
+        worth = _report(ctx, trained, rows, heldout, pad, scale)
         if ctx.world.is_main:
+            atomic_write(ctx.run.report_path, json.dumps(asdict(worth), indent=2) + "\n")
             checkpoint.save_final(ctx.run.final, trained.model, tokenizer, model_card(ctx))
+            figure.write(worth, ctx.run.path.name, ctx.run.report_path.with_suffix(""))
+
+
+def _sides(pairs: Iterable[tuple[list[int], ...]]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, chosen), (prompt, rejected) of each pair."""
+    return [(prompt, side) for prompt, *both in pairs for side in both]
 
 
 def _scores(ctx: Context, scorer: torch.nn.Module, sides: list, pad: int) -> Tensor:
@@ -97,6 +115,22 @@ def _scores(ctx: Context, scorer: torch.nn.Module, sides: list, pad: int) -> Ten
     )
     most = ctx.recipe.launch.micro_batch
     return per_row(lambda part: scorer(part.tokens, part.attention), tokens, attention, mask, most)
+
+
+def _report(
+    ctx: Context, scorer: Scorer, train: Encoded, heldout: Encoded, pad: int, scale: float
+) -> Report:
+    """What the calibrated model is worth; scale: logits in a unit of its score."""
+    sides = _sides(heldout)
+    alone = [_scores(ctx, scorer, [side], pad) for side in sides[:SCORED_ALONE]]
+    held = Scored(
+        scores=_scores(ctx, scorer, sides, pad).view(-1, 2).double().cpu().numpy(),
+        lengths=heldout.lengths[:, 1:],
+        subsets=[pair.subset for pair in ctx.corpus.heldout.pairs],
+        scale=scale,
+        alone=torch.cat(alone).double().cpu().numpy(),
+    )
+    return report(held, train.lengths[:, 1:])
 
 
 def _calibration(ctx: Context, scorer: Scorer, tokenizer) -> tuple[float, float]:  # type: ignore[no-untyped-def]
@@ -110,7 +144,9 @@ def _calibration(ctx: Context, scorer: Scorer, tokenizer) -> tuple[float, float]
     prompts = ctx.corpus.train.prompts
     count = min(recipe.calibration, len(prompts)) // ctx.world.size * ctx.world.size
     chosen = shuffled(len(prompts), recipe.seed)[:count]
-    asked = [Asked(prompt_ids(tokenizer, prompts[i], data.max_prompt_tokens)) for i in chosen]
+    asked = [
+        Asked(ids) for ids in Encoder.of(tokenizer, data).prompts([prompts[i] for i in chosen])
+    ]
     actor = Actor(policy.to(ctx.world.device))
     rollout, _ = collector.collect(actor, asked, Sampling(policy=1), "calibration", 0)
     assert rollout.score is not None

@@ -19,14 +19,18 @@ from torch import Tensor
 from rlhf_cli.core.algorithm import Model, Targets, Terms
 from rlhf_cli.core.masked import denominators
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, in_parts
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import shuffled
 from rlhf_cli.engine.rollout import Collector, Judges
+from rlhf_cli.models.checks import check_scores
 from rlhf_cli.models.heads import Actor, Scorer, next_logits
 from rlhf_cli.models.load import load_policy, load_reward_model, new_reward_model, zero_head
 from rlhf_cli.models.tokenizer import load_tokenizer
+from rlhf_cli.models.tuning import WithoutAdapters, tuned
+from rlhf_cli.rewards.written import opened
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context, check_finite
 from rlhf_cli.stages.evaluate import Evaluator, check_start
@@ -44,12 +48,12 @@ def main(ctx: Context) -> None:
     collector, learner = _models(ctx, rollouts * per_rollout)
     evaluator = Evaluator.of(ctx, collector)
     # Evaluations ask everybody; a training step only those whose word counts in it.
-    unscored = replace(collector, judges=replace(collector.judges, reward=None))
+    unscored = replace(collector, judges=replace(collector.judges, reward=None, texts=None))
     if Model.REWARD not in algo.needs:
         collector = unscored
     beside = replace(unscored, learned_reward=False)
     main_feed, side_feed = (
-        Feed(ctx.corpus, ctx.recipe.data, collector.tokenizer, s, ctx.recipe.seed)
+        Feed(ctx.corpus, Encoder.of(collector.tokenizer, ctx.recipe.data), s, ctx.recipe.seed)
         for s in (sampling, side)
     )
     replay = Replay(algo.replayed(), ctx.recipe.seed)
@@ -118,41 +122,56 @@ def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
     """Loads what the algorithm needs: policy, reference, reward model, critic, guide, Q network."""
     recipe, algo = ctx.recipe, ctx.recipe.algo
     precision, device = recipe.model.precision, ctx.world.device
+    attention = recipe.launch.attention
     tokenizer = load_tokenizer(ctx.final("sft"))
 
     def policy(parent: str = "sft"):  # type: ignore[no-untyped-def]
-        return load_policy(ctx.final(parent), precision, tokenizer)
+        return load_policy(ctx.final(parent), precision, tokenizer, attention)
 
     def scorer():  # type: ignore[no-untyped-def]
         if (
             "reward" not in ctx.parents
-        ):  # a task pays: nothing to start a critic from but the policy
-            return new_reward_model(recipe.model, ctx.final("sft"), tokenizer, recipe.seed)
-        return load_reward_model(ctx.final("reward"), recipe.reward.model.precision, tokenizer)
+        ):  # a task pays, or others score: nothing to start a critic from but the policy
+            sft = ctx.final("sft")
+            return new_reward_model(recipe.model, sft, tokenizer, recipe.seed, attention)
+        own = recipe.reward.model.precision
+        return load_reward_model(ctx.final("reward"), own, tokenizer, attention)
+
+    def learning():  # type: ignore[no-untyped-def]
+        return tuned(scorer(), recipe.reward.model.tuning, "reward.model", recipe.seed)
 
     has_q = Model.Q in algo.needs
     actor = Actor(
-        policy(),
-        critic=scorer() if Model.CRITIC in algo.needs else None,
-        reward=scorer() if algo.trains_reward else None,
+        tuned(policy(), recipe.model.tuning, "model", recipe.seed),
+        critic=learning() if Model.CRITIC in algo.needs else None,
+        reward=learning() if algo.trains_reward else None,
         q=zero_head(policy()) if has_q else None,
         temperature=recipe.rollout.temperature,
         entropy=algo.wants_entropy(),
     )
     learns = {"critic": actor.critic, "reward": actor.reward, "q": actor.q}
     rates = {name: getattr(algo, f"{name}_lr") for name, model in learns.items() if model}
-    # The reference is loaded for every algorithm: the KL of the evaluation is measured against it.
+    # Every algorithm has a reference: the KL of the evaluation is measured against it. Shards of
+    # ZeRO 3 cannot serve as one.
+    shared = recipe.model.tuning.lora is not None and recipe.launch.zero < 3
+    ref = WithoutAdapters(actor.policy) if shared else policy().to(device)
     reward = Scorer(scorer()).to(device) if "reward" in ctx.parents else None
+    if reward is not None:
+        check_scores(reward, tokenizer, (d.prompt + d.response for d in ctx.corpus.heldout.demos))
+    texts = None
+    if ctx.corpus.task is None:
+        texts = opened(recipe.reward.parts, ctx.corpus.gold, str(device))
     guide = policy("guide").to(device) if Model.GUIDE in algo.needs else None
     collector = Collector(
         world=ctx.world,
         tokenizer=tokenizer,
-        judges=Judges(policy().to(device), reward, guide),
+        judges=Judges(ref, reward, guide, recipe.reward.learned, texts),
         micro_batch=recipe.launch.micro_batch,
         max_response_tokens=recipe.data.max_response_tokens,
         seed=recipe.seed,
         unended=recipe.reward.unended,
         unended_adds=recipe.reward.unended_adds,
+        missing=recipe.reward.missing,
         drawing=recipe.rollout,
         learned_reward=algo.trains_reward,
         partner=ctx.corpus.task,

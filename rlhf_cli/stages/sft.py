@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.core.masked import denominators
-from rlhf_cli.data.tokens import prompt_ids, response_ids
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, per_token
 from rlhf_cli.engine.learner import Judged, Learner
@@ -20,6 +20,7 @@ from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor
 from rlhf_cli.models.load import context_length, new_policy
 from rlhf_cli.models.tokenizer import load_tokenizer, train_tokenizer
+from rlhf_cli.models.tuning import tuned
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context
 from rlhf_cli.stages.supervised import Batch, fit, require, right_padded
@@ -32,19 +33,16 @@ def main(ctx: Context) -> None:
     _check_context(ctx)
     pad = int(tokenizer.pad_token_id)
 
-    def encode(demos):  # type: ignore[no-untyped-def]
-        return [
-            (
-                prompt_ids(tokenizer, demo.prompt, data.max_prompt_tokens),
-                response_ids(tokenizer, demo.response, data.max_response_tokens),
-            )
-            for demo in demos
-        ]
-
-    rows, heldout = encode(ctx.corpus.train.demos), encode(ctx.corpus.heldout.demos)
+    encoder = Encoder.of(tokenizer, data)
+    rows, heldout = (
+        ctx.encoded(encoder, [(demo.prompt, demo.response) for demo in split.demos])
+        for split in (ctx.corpus.train, ctx.corpus.heldout)
+    )
     require(rows, "demonstrations", recipe.batch, data.name)
     steps = max(1, int(recipe.epochs * len(rows) / recipe.batch))
-    policy = new_policy(ctx.recipe.model, tokenizer)
+    model = ctx.recipe.model
+    policy = new_policy(model, tokenizer, ctx.recipe.launch.attention)
+    policy = tuned(policy, model.tuning, "model", recipe.seed)
     learner = Learner(
         Actor(policy), recipe.optim, steps, ctx.recipe.launch, ctx.world, ctx.recipe.model.precision
     )

@@ -19,9 +19,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """tokens [N,L], attention [N,L], mask [N,L-1]."""
 
 
-def right_padded(
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, on_prompt: bool
-) -> Batch:
+def right_padded(rows: Sequence[tuple[Sequence[int], ...]], pad: int, on_prompt: bool) -> Batch:
     """Lays (prompt ids, response ids) out from the left; the mask covers the tokens to be learned.
 
     Column i of the mask is token i+1: the first token of a text has nothing before it.
@@ -85,6 +83,6 @@ def require(rows: Sequence[object], what: str, batch: int, title: str) -> None:
     """UserError unless there are enough rows for one batch."""
     if len(rows) < batch:
         raise UserError(
-            f"data={title} has {len(rows)} {what} but a batch takes {batch}; "
-            "give more data or a smaller batch"
+            f"data={title} has {len(rows)} {what} but {batch} are needed; give more data or a smaller"
+            " batch."
         )

@@ -35,12 +35,13 @@ VOCABULARY: dict[str, Metric] = {
     "eval/kl_exact": Metric(
         "nats", "the same KL, summed over the vocabulary at each visited state"
     ),
-    "eval/reward": Metric("reward", "score of the learned reward model"),
+    "eval/reward": Metric("reward", "score of the reward that `reward` names, learned or not"),
     "eval/reward_se": Metric("reward", "standard error of eval/reward over prompts"),
     "eval/gold": Metric("gold", "score of the corpus's own gold reward"),
     "eval/gold_se": Metric("gold", "standard error of eval/gold over prompts"),
     "eval/length": Metric("tokens", "length of a response, end token included"),
     "eval/eos_rate": Metric("share", "responses that ended by themselves"),
+    "eval/unscored": Metric("count", "answers without a score, where there are any"),
     "eval/prompts": Metric("count", "held-out prompts answered"),
     "eval/loss": Metric("nats", "held-out loss: per token (sft) or per pair (reward)"),
     "eval/accuracy": Metric("share", "held-out pairs ranked as labelled"),

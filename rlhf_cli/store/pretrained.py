@@ -12,7 +12,7 @@ from rlhf_cli.store.files import sha256
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-READ = frozenset({".json", ".safetensors", ".bin", ".model", ".txt"})
+READ = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"})
 """Endings of files that a library reads; a model card may change without making another model."""
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -22,16 +22,23 @@ def is_local(name: str) -> bool:
     return Path(name).is_dir()
 
 
-def fault(key: str, name: str) -> str | None:
+def fault(key: str, name: str, revision: str | None) -> str | None:
     """Say in one sentence why `key`=`name` can be no model, or None.
 
     A folder must hold a configuration, weights and a tokenizer; anything else must at least look
-    like the name of a repository.
+    like the name of a repository, and come with a revision.
     """
     folder = Path(name)
     if not is_local(name):
         if _REPOSITORY.fullmatch(name):
-            return None
+            return (
+                None
+                if revision
+                else (
+                    f"{key}={name} is a repository whose weights may change; name a commit of it with"
+                    f" {key.rpartition('.')[0]}.revision=COMMIT."
+                )
+            )
         return (
             f"{key}={name} is no folder that can be read; give an existing one, or a Hugging Face"
             " repository as OWNER/NAME."

@@ -61,6 +61,11 @@ class Run:
         return self.path / "metrics.jsonl"
 
     @property
+    def report_path(self) -> Path:
+        """What a reward model is worth, in JSON; there is none in the other stages."""
+        return self.path / "report.json"
+
+    @property
     def samples(self) -> Path:
         """Folder of the responses of each evaluation."""
         return self.path / "samples"
@@ -133,8 +138,8 @@ class Run:
         self._write({**self.manifest(), **fields})
 
     def finish(self, **fields: Any) -> None:
-        """Say `done`, with the sha256 digests of the metrics and of the final model's files."""
-        produced = [self.metrics_path, *sorted(self.final.rglob("*"))]
+        """Say `done`, with the sha256 digests of the metrics, of the report and of the final model."""
+        produced = [self.metrics_path, self.report_path, *sorted(self.final.rglob("*"))]
         outputs = {p.relative_to(self.path).as_posix(): sha256(p) for p in produced if p.is_file()}
         self.update(**fields, outputs=outputs, finished=_now(), status="done")
 

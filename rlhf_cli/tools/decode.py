@@ -23,9 +23,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlhf_cli.config import Recipe, read, recipe
 from rlhf_cli.data.corpus import Corpus, Dataset
-from rlhf_cli.data.tokens import prompt_ids
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine.sampler import Expert, draw, uniforms
 from rlhf_cli.errors import UserError
+from rlhf_cli.models.checks import check_scores
 from rlhf_cli.models.heads import Scorer, next_logits
 from rlhf_cli.models.load import load_reward_model
 from rlhf_cli.recipes import Reward
@@ -104,11 +105,12 @@ class Judge:
     made: Reward
 
     @classmethod
-    def of(cls, run: Run, tokenizer: PreTrainedTokenizerBase) -> Judge:
-        """The reward model of a finished run."""
+    def of(cls, run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> Judge:
+        """The reward model of a finished run. Raises UserError unless scores on the corpus are sound."""
         made = recipe(read(run.config_path)).reward
-        model = load_reward_model(run.final, made.model.precision, tokenizer)
-        return cls(Scorer(model).to(device()), made)
+        scorer = Scorer(load_reward_model(run.final, made.model.precision, tokenizer)).to(device())
+        check_scores(scorer, tokenizer, (d.prompt + d.response for d in corpus.heldout.demos))
+        return cls(scorer, made)
 
     @torch.inference_mode()
     def score(self, prompt: Sequence[int], response: Sequence[int], ended: bool) -> float:
@@ -148,12 +150,12 @@ class Decoder:
         if judge is None and proxy is not None:
             judge = proxy[0].parent("reward")
         if judge is not None:
-            reward = Judge.of(judge, tokenizer)
+            reward = Judge.of(judge, tokenizer, corpus)
         return cls(made, tokenizer, experts, anchor, reward, corpus)
 
     def decode(self, prompts: Sequence[str], how: Decoding) -> list[Response]:
         """One response to each prompt."""
-        ids = [prompt_ids(self.tokenizer, p, self.recipe.data.max_prompt_tokens) for p in prompts]
+        ids = Encoder.of(self.tokenizer, self.recipe.data).prompts(prompts)
         if how.kind == "beam":
             found = [self._search(each, how.width) for each in ids]
         else:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.hh import ASSISTANT
-from rlhf_cli.data.tokens import prompt_ids, response_ids
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.errors import UserError
 from rlhf_cli.figures.credit import Answer, Heatmap
 from rlhf_cli.models.heads import log_probs
@@ -76,8 +76,9 @@ def explain(
     beta: None for the policy's own; 1, which leaves credit in nats, where it has none.
     """
     tokenizer = tokenizer_of(policy, ref)
-    prompt = prompt_ids(tokenizer, asked.prompt, UNCUT)
-    given = {name: response_ids(tokenizer, text, UNCUT) for name, text in asked.answers.items()}
+    encoder = Encoder(tokenizer, UNCUT, UNCUT, shorter=lambda _: None)
+    prompt = encoder.prompt(asked.prompt)
+    given = {name: encoder.response(text) for name, text in asked.answers.items()}
     for name, ids in given.items():
         for each in (policy, ref):
             check_fits(each, len(prompt) + len(ids), f"--{name} with its prompt")

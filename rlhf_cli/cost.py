@@ -1,0 +1,447 @@
+"""What a stage costs: bytes of each process, arithmetic, hours of a GPU; from shapes and totals alone.
+
+An estimate that no run on a GPU has confirmed; hours may well be off by a factor of two. Every text is
+taken to be as long as `data.max_prompt_tokens` and `data.max_response_tokens` allow, which is right for
+memory and too much for the rest. Left out: what the CUDA runtime and a fragmented allocator take (a GB
+or two), talk between processes, the time of optimiser steps, the loading of weights and rows, judges that
+are no model of this process. Nothing is loaded and nothing fetched: shapes come from the table of
+`rlhf_cli.shapes` or a `config.json` that is already here.
+
+    pass of N parameters over L tokens   2 N L + 4 layers width L^2 FLOP    (Kaplan et al. 2020,
+    its backward pass                    twice that                          arXiv:2001.08361)
+    states of AdamW                      8 bytes a parameter, and 4 for a copy in fp32 where weights are
+                                         bf16 or sharded                    (Rajbhandari et al. 2020,
+                                                                             arXiv:1910.02054)
+    a step of drawing                    whichever is longest: reading weights and cache, the arithmetic,
+                                         launching the kernels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_cli.recipes import Classifier, Model
+from rlhf_cli.shapes import Shape, shape
+
+if TYPE_CHECKING:
+    from rlhf_cli.config import Recipe
+
+Activity = Literal["learning", "drawing", "scoring"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A device as its data sheet describes it."""
+
+    name: str
+    memory: float
+    """Bytes."""
+    bandwidth: float
+    """Bytes per second."""
+    flops: Mapping[Precision, float]
+    """FLOP per second."""
+
+
+A100 = GPU("A100-80GB", 80e9, 2.039e12, {"bf16": 312e12, "fp32": 19.5e12})
+"""NVIDIA A100 80GB SXM; fp32 without TF32, which torch leaves off."""
+
+BUSY = 0.35
+"""Share of `GPU.flops` that passes over given texts reach. 0.21 to 0.46 is what Chowdhery et al. 2022
+(arXiv:2204.02311, table 3) list for large models trained with care; Python and padding cost as much."""
+STREAM = 0.7
+"""Share of `GPU.bandwidth` that drawing reaches; ours: copies reach 0.8 to 0.9, small kernels less."""
+LAUNCH = 0.6e-3
+"""Seconds to launch the kernels of one layer in one step of drawing, without CUDA graphs; ours: 20 ms per
+token of 32 layers, whatever their width."""
+
+BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2}
+ADAM, MASTER, SCRATCH = 8, 4, 4
+"""Bytes a parameter: both moments; the fp32 copy; what AdamW's step needs for its own arithmetic."""
+LOGIT = 12
+"""Bytes a logit: in the model's precision, over the temperature, in fp32, and its log-softmax."""
+CHANCE = 12
+"""Bytes an entry of the vocabulary while a token is drawn: fp32 logits, softmax, cumulative sum."""
+FROZEN = {"reference", "reward model", "guide", "classifier"}
+"""What stands beside the learner."""
+SMALL = 10_000_000
+"""Parameters below which nobody needs a GPU."""
+SAMPLE = 10_000
+"""Rows that a cost is stated for where their number is not known before they are read."""
+
+ROWS: Mapping[str, int] = {
+    # Bai et al. 2022 (arXiv:2204.05862), 160,800 pairs; each has a demonstration
+    "Anthropic/hh-rlhf/helpful-base": 43_835,
+    "Anthropic/hh-rlhf/helpful-online": 22_007,
+    "Anthropic/hh-rlhf/helpful-rejection-sampled": 52_421,
+    "Anthropic/hh-rlhf/harmless-base": 42_537,
+    # Huang et al. 2024 (arXiv:2403.17031)
+    "vwxyzjn/summarize_from_feedback_tldr_3_filtered": 116_722,
+    "CarperAI/openai_summarize_comparisons": 92_858,
+}
+"""Training rows of what `conf/data` names on the hub, before any are dropped."""
+
+
+@dataclass(frozen=True)
+class Net:
+    """A model in a process."""
+
+    name: str
+    shape: Shape
+    precision: Precision
+    has_head: bool = True
+    """Whether it has the output layer of a language model, rather than one score."""
+    learned: float = 0.0
+    """Parameters that learn."""
+    depth: float = 1.0
+    """Share of its layers that gradients flow through."""
+
+    @property
+    def parameters(self) -> int:
+        """How many it has."""
+        return self.shape.parameters if self.has_head else self.shape.scorer
+
+    def forward(self, rows: float, length: float, out: float) -> float:
+        """FLOP of a pass over rows of so many tokens; logits are formed at the last `out` of each."""
+        one, head = self.shape, self.shape.head if self.has_head else 0
+        matrices = 2 * (one.layers * one.layer * length + head * out)
+        return rows * (matrices + 4 * one.layers * one.attention * length**2)
+
+    def backward(self, forward: float) -> float:
+        """FLOP of the gradients: of activations as deep as they flow, of the weights that learn."""
+        return forward * (self.depth + self.learned / self.parameters)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a model in one process."""
+
+    name: str
+    weights: float
+    learning: float
+    """Gradients, states of the optimiser, and whatever copies it keeps."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something done, by all processes together."""
+
+    activity: Activity
+    flop: float
+    seconds: float
+    """Of one GPU."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage costs."""
+
+    held: tuple[Held, ...]
+    moments: Mapping[str, float]
+    """Bytes of one process that are needed at one time or another, never all at once."""
+    works: tuple[Work, ...]
+    learned: float
+    """Tokens that are learned from, each as often as it is."""
+    drawn: float
+    """Tokens that are drawn."""
+    rows: int | None = None
+    """Where their number is not known: the rows that all of this is stated for."""
+
+    @property
+    def memory(self) -> float:
+        """Bytes of one process at its fullest."""
+        return sum(h.weights + h.learning for h in self.held) + max(self.moments.values())
+
+    @property
+    def flop(self) -> float:
+        """FLOP of the whole stage."""
+        return sum(work.flop for work in self.works)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of an `A100`, over all processes."""
+        return sum(work.seconds for work in self.works) / 3600
+
+    def share(self, activity: Activity) -> float:
+        """Of the time, how much goes to one activity."""
+        return sum(w.seconds for w in self.works if w.activity == activity) / 3600 / self.gpu_hours
+
+
+def of_stage(stage: str, made: Recipe, scored: bool) -> Cost | None:
+    """The cost of a stage; None where the policy is so small that any machine will do.
+
+    scored: whether the chain has a reward model of its own. Raises `shapes.Unknown`.
+    """
+    if shape(made.model, "model").parameters < SMALL:
+        return None
+    desk = Desk(made)
+    return {"sft": desk.sft, "reward": desk.reward}.get(stage, lambda: desk.rl(scored))()
+
+
+@dataclass(frozen=True)
+class Desk:
+    """One recipe, and what its stages take."""
+
+    made: Recipe
+
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt and its response."""
+        return self.made.data.max_prompt_tokens + self.made.data.max_response_tokens
+
+    @property
+    def reply(self) -> int:
+        """Tokens of a response."""
+        return self.made.data.max_response_tokens
+
+    def sft(self) -> Cost:
+        """Demonstrations through the policy; logits at every token of them."""
+        made, part = self.made, self.made.sft
+        policy = self.net("policy", made.model, learns=True)
+        rows, sample = self.rows("demos")
+        seen = rows * part.epochs
+        evaluated = min(made.eval.points, seen / part.batch) * made.eval.prompts
+        return Cost(
+            held=self.trained([policy]),
+            moments=self.moments([policy], made.launch.micro_batch, self.length),
+            works=(
+                self.learn(policy, seen, self.length),
+                self.read(policy, evaluated, self.length),
+            ),
+            learned=seen * self.length,
+            drawn=0,
+            rows=sample,
+        )
+
+    def reward(self) -> Cost:
+        """Both sides of every pair through the reward model, and its calibration on drawn responses."""
+        made, part = self.made, self.made.reward
+        scorer = self.net("reward model", part.model, learns=True, head=False)
+        policy = self.net("policy", made.model)
+        rows, sample = self.rows("pairs")
+        seen = rows * part.epochs
+        evaluated = min(made.eval.points, seen / part.batch) * made.eval.prompts
+        cache, draw = self.draw([policy], part.calibration, part.calibration)
+        return Cost(
+            held=self.trained([scorer]),
+            moments={
+                **self.moments([scorer], made.launch.micro_batch, 0),
+                "drawing": held(policy).weights + cache,
+            },
+            works=(
+                self.learn(scorer, 2 * seen, 0),
+                self.read(scorer, 2 * evaluated + part.calibration, 0),
+                draw,
+            ),
+            learned=2 * seen * self.length,
+            drawn=part.calibration * self.reply,
+            rows=sample,
+        )
+
+    def rl(self, scored: bool) -> Cost:
+        """Drawing, scoring and learning of every rollout, and the evaluations."""
+        made, algo, update = self.made, self.made.algo, self.made.algo.update
+        nets = self.cast(scored)
+        frozen = [net for name, net in nets.items() if name in FROZEN]
+        actors = [net for name, net in nets.items() if name not in FROZEN]
+        learners = [net for net in actors if net.learned]
+        sources, side = algo.sampling().sources, algo.side().responses
+        group, rollouts = len(sources), update.episodes // update.batch
+        prompts = update.batch // group
+        given = rollouts * (update.batch + side * prompts)
+        evaluations = 1 + min(made.eval.points, rollouts)
+
+        draws, drawn = [], 0
+        policy, ref = nets["policy"], nets["reference"]
+        laws = {"policy": [policy], "greedy": [policy], "ref": [ref], "mixture": [policy, ref]}
+        for source, experts in laws.items():
+            if each := list(sources).count(source):  # type: ignore[arg-type]
+                draws.append(self.draw(experts, prompts * each, prompts, rollouts))
+                drawn += rollouts * prompts * each
+        draws.append(self.draw([policy], made.eval.prompts, made.eval.prompts, evaluations))
+        drawn += evaluations * made.eval.prompts
+
+        shared = made.model.tuning.lora is not None and made.launch.zero < 3
+        most = max(1, made.launch.micro_batch // group) * group
+        share = max(group, update.batch // update.minibatches // made.launch.processes)
+        logits = 1 + algo.wants_entropy() + ("Q" in nets)
+        asked = self.asked(nets, given, rollouts * update.batch, evaluations * made.eval.prompts)
+        return Cost(
+            held=(
+                *self.trained(actors),
+                *(held(net) for net in frozen if not (net is ref and shared)),
+            ),
+            moments={
+                **self.moments(learners, min(most, share), self.reply * logits),
+                "drawing": max(cache for cache, _ in draws),
+            },
+            works=(
+                *(draw for _, draw in draws),
+                *(self.read(nets[name], rows, self.reply) for name, rows in asked.items()),
+                *(self.learn(net, given * update.epochs, self.reply) for net in learners),
+            ),
+            learned=given * update.epochs * self.length,
+            drawn=drawn * self.reply,
+        )
+
+    def asked(
+        self, nets: Mapping[str, Net], given: float, scored: float, evaluated: float
+    ) -> dict[str, float]:
+        """Rows that each model reads without learning from them.
+
+        given: rows of all rollouts; scored: those that a reward is wanted for; evaluated: those of
+        evaluations.
+        """
+        algo = self.made.algo
+        wanted = scored if "reward" in _needs(self.made) else 0
+        rows = dict.fromkeys(nets, given + evaluated)
+        rows |= {
+            "reward model": evaluated + (0 if algo.trains_reward else wanted),
+            "learning reward model": scored,
+            "classifier": evaluated + wanted,
+        }
+        if "Q" in nets:
+            # Soft values ask policy, reference and the slow copy; the loss asks the reference again.
+            rows |= {"Q": 0, "Q copy": given}
+            rows["policy"] += given
+            rows["reference"] += given * (1 + algo.update.epochs)
+        return {name: rows[name] for name in nets}
+
+    def cast(self, scored: bool) -> dict[str, Net]:
+        """Every model of an RL stage by what it is called, as `stages.rl` loads them."""
+        made, needs = self.made, _needs(self.made)
+        trunk = made.reward.model if scored else made.model
+        nets = [self.net("policy", made.model, learns=True)]
+        if "critic" in needs:
+            nets.append(self.net("critic", trunk, learns=True, head=False))
+        if made.algo.trains_reward:
+            nets.append(self.net("learning reward model", trunk, learns=True, head=False))
+        if "q" in needs:
+            copy = self.net("Q copy", made.model)
+            nets += [replace(copy, name="Q", learned=copy.parameters), copy]
+        nets.append(self.net("reference", made.model))
+        if scored:
+            nets.append(self.net("reward model", made.reward.model, head=False))
+        if "guide" in needs:
+            nets.append(self.net("guide", made.model))
+        for part in () if made.data.pays else made.reward.parts:
+            if isinstance(source := part.source, Classifier):
+                one = shape(source, "reward.source")
+                nets.append(Net("classifier", one, source.precision, has_head=False))
+        return {net.name: net for net in nets}
+
+    def net(self, name: str, model: Model, learns: bool = False, head: bool = True) -> Net:
+        """One model of the recipe; learns: as far as its tuning lets it."""
+        one = shape(model, "model" if model == self.made.model else "reward.model")
+        learned, depth, tuning = 0.0, 1.0, model.tuning
+        if learns and tuning.lora is not None:
+            learned = tuning.lora.rank * one.layers * one.edges
+        elif learns and tuning.layers is not None:
+            depth = min(1.0, tuning.layers / one.layers)
+            top = 0 if one.tied and head else one.head if head else one.width
+            learned = depth * one.layers * one.layer + top
+        elif learns:
+            learned = one.parameters if head else one.scorer
+        return Net(name, one, model.precision, head, learned, depth)
+
+    def trained(self, nets: Sequence[Net]) -> tuple[Held, ...]:
+        """What the models of a learner take in one process, sharded as `launch.zero` says."""
+        launch, n = self.made.launch, self.made.launch.processes
+        found = []
+        for net in nets:
+            number, at = BYTES[nets[0].precision], launch.zero
+            # Under ZeRO 3 a whole copy is kept for drawing and scoring, beside the shards.
+            weights = net.parameters * number * (1 + 1 / n if at == 3 else 1)
+            gradients = net.learned * number / (n if at >= 2 else 1)
+            master = MASTER if number < 4 or at else 0
+            states = net.learned * (ADAM + master) / (n if at >= 1 else 1)
+            found.append(Held(net.name, weights, gradients + states))
+        return tuple(found)
+
+    def moments(self, nets: Sequence[Net], rows: int, out: int) -> dict[str, float]:
+        """Bytes that a micro-batch of so many rows keeps for its backward pass, and those of a step."""
+        launch, number = self.made.launch, BYTES[nets[0].precision]
+        tokens = rows * self.length
+        kept = 0.0
+        for net in nets:
+            one = net.shape
+            layer = one.kept + one.scores(launch.attention, number) * self.length
+            layers = one.layers * net.depth
+            if launch.checkpointing:
+                kept += tokens * (one.width * layers + layer) * number
+            else:
+                kept += tokens * layer * layers * number
+        vocabulary = max(net.shape.vocab if net.has_head else 0 for net in nets)
+        master = MASTER if number < 4 or launch.zero else 0
+        shards = launch.processes if launch.zero else 1
+        return {
+            "learning": kept + rows * out * vocabulary * LOGIT,
+            "stepping": sum(net.learned for net in nets) * (SCRATCH + master) / shards,
+        }
+
+    def read(self, net: Net, rows: float, out: int) -> Work:
+        """A pass over given rows."""
+        return work("scoring", net, net.forward(rows, self.length, out))
+
+    def learn(self, net: Net, rows: float, out: int) -> Work:
+        """A pass over given rows, its gradients, and the pass that checkpointing repeats."""
+        forward = net.forward(rows, self.length, out)
+        again = self.made.launch.checkpointing * net.depth
+        return work("learning", net, forward * (1 + again) + net.backward(forward))
+
+    def draw(
+        self, experts: Sequence[Net], rows: int, prompts: int, times: int = 1
+    ) -> tuple[float, Work]:
+        """Responses to prompts, all of a process's at once: bytes of its cache, and the work.
+
+        experts: the models whose product is drawn from, one step after the other.
+        """
+        n, prompt = self.made.launch.processes, self.made.data.max_prompt_tokens
+        flop = seconds = cache = 0.0
+        mine, middle = rows / n, prompt + self.reply / 2
+        for net in experts:
+            one, number = net.shape, BYTES[net.precision]
+            rate = A100.flops[net.precision] * BUSY
+            filling = net.forward(prompts / n, prompt, 1)
+            states = mine * one.layers * one.kv * number
+            matrices = 2 * (one.layers * one.layer + one.head)
+            read = matrices // 2 * number + states * middle
+            each = mine * (matrices + 4 * one.layers * one.attention * middle)
+            step = max(read / (A100.bandwidth * STREAM), each / rate, one.layers * LAUNCH)
+            flop += filling + self.reply * each
+            seconds += filling / rate + self.reply * step
+            cache += states * self.length
+        cache += mine * experts[0].shape.vocab * CHANCE
+        return cache, Work("drawing", times * n * flop, times * n * seconds)
+
+    def rows(self, kind: Literal["demos", "pairs"]) -> tuple[int, int | None]:
+        """Training rows of the data; where nobody knows, a round number, and that number again."""
+        data = self.made.data
+        embedded = getattr(data, "embedded", None)
+        source = getattr(data, "source", "embedded")
+        if embedded is not None and source == "embedded":
+            return getattr(embedded, kind), None
+        if source == "hub":
+            repository = getattr(data, "pairs_hub" if kind == "pairs" else "hub", data.hub)  # type: ignore[attr-defined]
+            folders = getattr(data, "subsets", None)
+            names = [f"{repository}/{each}" for each in folders] if folders else [repository]
+            if ROWS.keys() >= set(names):
+                return sum(ROWS[name] for name in names), None
+        return SAMPLE, SAMPLE
+
+
+def _needs(made: Recipe) -> set[str]:
+    # By value: naming the enum itself would import torch.
+    return {need.value for need in made.algo.needs}
+
+
+def held(net: Net) -> Held:
+    """A frozen model, whole in every process."""
+    return Held(net.name, net.parameters * BYTES[net.precision], 0.0)
+
+
+def work(activity: Activity, net: Net, flop: float) -> Work:
+    """So much arithmetic of one model on given texts."""
+    return Work(activity, flop, flop / (A100.flops[net.precision] * BUSY))
