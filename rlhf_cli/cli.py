@@ -22,7 +22,9 @@ from rlhf_cli.errors import StageFailed, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from rlhf_cli.config import Recipe
     from rlhf_cli.plan import Plan
+    from rlhf_cli.tools.data_check import Checked
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +40,13 @@ HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Runs = Annotated[Path, typer.Option("--runs", envvar="RLHF_RUNS", help="Where runs are kept.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DataWords = Annotated[
+    Optional[list[str]],  # noqa: UP045 - older typer cannot read `list[str] | None`
+    typer.Argument(
+        metavar="WORD",
+        help="A file or a folder of your own first, if any; then what `rlhf train` would be told.",
+    ),
+]
 
 EXAMPLES = """
 \b
@@ -59,6 +68,14 @@ Examples:
   rlhf data check chat.parquet model=custom model.name=DIR
   rlhf data check chat.parquet data.template=transcript
   rlhf data check data=hh data.source=path data.path=DIR
+"""
+
+INSPECT_EXAMPLES = """
+\b
+Examples:
+  rlhf data inspect data=hh                        with the tokenizer that its model would have
+  rlhf data inspect data=tldr --png figures        and a picture of the lengths
+  rlhf data inspect prefs.jsonl model=pythia_1b data.max_prompt_tokens=256
 """
 
 
@@ -355,37 +372,71 @@ def algos(
 
 
 @data_app.command(context_settings=HYDRA, epilog=CHECK_EXAMPLES)
-def check(
-    words: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(
-            metavar="WORD",
-            help="A file or a folder of your own first, if any; then what `rlhf train` would be told.",
-        ),
-    ] = None,
-) -> None:
+def check(words: DataWords = None) -> None:
     """Read every row and list the bad ones.
 
     Exit code 2 if a run could not begin with them.
     """
-    from rlhf_cli.config import recipe
     from rlhf_cli.tools import data_check
+
+    jobs, given = _on_data(words)
+    for made in jobs:
+        checked = data_check.check(made.data)
+        _console().print(data_check.report(checked))
+        _end(checked, given)
+
+
+@data_app.command(context_settings=HYDRA, epilog=INSPECT_EXAMPLES)
+def inspect(
+    words: DataWords = None,
+    png: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Draw the lengths: to this file, or into this folder."),
+    ] = None,
+) -> None:
+    """Measure the rows: lengths in tokens, what is cut, repeats, odd rows; a few are shown.
+
+    Exit code 2 if a run could not begin with them.
+    """
+    from rlhf_cli.tools import data_inspect
+
+    jobs, given = _on_data(words)
+    if png is not None and png.suffix == ".png" and len(jobs) > 1:
+        raise UserError(f"--png={png} is one file for {len(jobs)} pictures; give a folder.")
+    for made in jobs:
+        inspected = data_inspect.inspect(made)
+        _console().print(data_inspect.report(inspected))
+        if png is not None and (measured := inspected.measured):
+            from rlhf_cli.figures import lengths
+
+            panels = [measured.prompts], measured.answers
+            file = lengths.write(made.data.title, measured.tokenizer, panels, png)
+            print(f"figure: {file}")
+        _end(inspected.checked, given)
+
+
+def _on_data(words: Sequence[str] | None) -> tuple[list[Recipe], list[str]]:
+    """The jobs of a line that may begin with data of one's own, and what to tell `rlhf train`."""
+    from rlhf_cli.config import recipe
     from rlhf_cli.words import collect
 
-    given, path = list(words or []), None
-    if given and "=" not in given[0] and given[0][:1] not in "-~":
-        path, given[0] = given[0], "data=custom"
-    for node in collect(given):
-        if path is not None:
-            # Not among the words: Hydra reads brackets and commas in a path by rules of its own.
-            node.data.path = path
-        checked = data_check.check(recipe(node).data)
-        _console().print(data_check.report(checked))
-        if checked.fault is not None:
-            raise checked.fault
-        again = given if path is None else [*given, f"data.path={path}"]
-        again = again if checked.survey.corpus.train.pairs else [*again, "stage=sft"]
-        print(f"next: {shlex.join(['rlhf', 'train', *again])}")
+    given = list(words or [])
+    if not given or "=" in given[0] or given[0][:1] in "-~":
+        return [recipe(node) for node in collect(given)], given
+    path, given[0] = given[0], "data=custom"
+    jobs = collect(given)
+    for node in jobs:
+        # Not among the words: Hydra reads brackets and commas in a path by rules of its own.
+        node.data.path = path
+    return [recipe(node) for node in jobs], [*given, f"data.path={path}"]
+
+
+def _end(checked: Checked, given: Sequence[str]) -> None:
+    """Say what to run next, or what stands in the way of it."""
+    if checked.fault is not None:
+        raise checked.fault
+    stage = [] if checked.survey.corpus.train.pairs else ["stage=sft"]
+    print(f"next: {shlex.join(['rlhf', 'train', *given, *stage])}")
 
 
 def _planned(words: Sequence[str]) -> list[Plan]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 CACHE = os.environ.setdefault("RLHF_CACHE", tempfile.mkdtemp(prefix="rlhf-cache-"))
 
 ROOT = Path(__file__).resolve().parents[1]
+Rlhf = Callable[..., tuple[int, list[str], str]]
+"""Words to exit code, lines of stdout and stderr."""
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -38,3 +42,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("NOT TESTED on real rows: ../shared/data is not beside the repository")
     return folder
+
+
+@pytest.fixture
+def rlhf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Rlhf:
+    """Run a command line at 80 columns in an empty folder: exit code, lines of stdout, stderr."""
+    from rlhf_cli.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RLHF_RUNS", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*words: str) -> tuple[int, list[str], str]:
+        with pytest.raises(SystemExit) as exit:
+            main(words)
+        out, err = capsys.readouterr()
+        return int(exit.value.code or 0), [line.rstrip() for line in out.splitlines()], err
+
+    return run

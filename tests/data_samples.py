@@ -8,13 +8,16 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from rlhf_cli.data.embedded import Embedded
 from rlhf_cli.data.hh import HH
 from rlhf_cli.data.tldr import TLDR
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TINY = Embedded(prompts=4, demos=3, pairs=2, heldout=2, temperature=1.0, seed=0)
+TINY: Any = {
+    **{"prompts": 4, "demos": 3, "pairs": 2, "heldout": 2},
+    **{"temperature": 1.0, "noise": 0.0, "topics": None, "seed": 0},
+}
 HH_ROWS = HH(
     name="hh",
     source="path",

@@ -4,36 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_cli.cli import main
+from tests.conftest import Rlhf
 
-Rlhf = Callable[..., tuple[int, list[str], str]]
 TAIL = "; mend or delete the row, or leave such rows out with data.on_bad_row=drop.\n"
-
-
-@pytest.fixture
-def rlhf(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Rlhf:
-    """Run a command line at 80 columns in an empty folder: exit code, lines of stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RLHF_RUNS", raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def run(*words: str) -> tuple[int, list[str], str]:
-        with pytest.raises(SystemExit) as exit:
-            main(words)
-        out, err = capsys.readouterr()
-        return int(exit.value.code or 0), [line.rstrip() for line in out.splitlines()], err
-
-    return run
 
 
 def write(name: str, rows: list[dict[str, Any]], tail: str = "") -> None:
@@ -192,7 +170,7 @@ def test_help_shows_what_to_type(rlhf: Rlhf) -> None:
     code, lines, _ = rlhf("data", "check", "--help")
     assert code == 0
     assert "    rlhf data check chat.parquet data.template=transcript" in lines
-    assert "  check  Read every row and list the bad ones." in rlhf("data", "--help")[1]
+    assert "  check    Read every row and list the bad ones." in rlhf("data", "--help")[1]
     assert (
         rlhf("data")[2] == "error: Missing command; `rlhf data --help` has the words there are.\n"
     )

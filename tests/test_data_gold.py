@@ -8,7 +8,8 @@ import pytest
 
 from rlhf_cli.data import embedded_hh, embedded_tldr, gold_hh, gold_tldr
 from rlhf_cli.data.answers_hh import write
-from rlhf_cli.data.embedded import Embedded, generate
+from rlhf_cli.data.embedded import generate
+from rlhf_cli.data.embedded_hh import Knobs
 
 TWO = "\n\nHuman: Can you give me two tips for cooking rice?\n\nAssistant:"
 OPEN = "\n\nHuman: What should I know about cooking rice?\n\nAssistant:"
@@ -120,7 +121,7 @@ def test_no_tip_and_no_short_fact_belongs_to_two_subjects():
 
 
 def test_about_one_prompt_in_eight_is_improper_and_most_have_several_turns():
-    knobs = Embedded(prompts=4000, demos=1, pairs=1, heldout=1, temperature=1.0, seed=3)
+    knobs = Knobs(4000, 1, 1, heldout=1, temperature=1.0, seed=3, noise=0, topics=None)
     prompts = generate("x", knobs, embedded_hh.pose, write, gold_hh.gold).train.prompts
     improper = statistics.mean(embedded_hh.read_prompt(p).improper for p in prompts)
     turns = statistics.mean(p.count("\n\nHuman: ") > 1 for p in prompts)
@@ -137,7 +138,7 @@ def test_piling_up_courtesy_or_tips_loses_gold_and_is_seen_in_less_than_4_percen
     best, *worse = gold_hh.gold([TWO] * 3, [good, courteous, endless])
     assert best == 4.0 and all(score <= 3.0 for score in worse)
 
-    knobs = Embedded(prompts=3000, demos=1, pairs=3000, heldout=1, temperature=0.8, seed=0)
+    knobs = Knobs(3000, 1, 3000, heldout=1, temperature=0.8, seed=0, noise=0, topics=None)
     pairs = generate("x", knobs, embedded_hh.pose, write, gold_hh.gold).train.pairs
     answers = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
     long = [gold_hh.gold_parts(*answer)["brevity"] < -0.25 for answer in answers]

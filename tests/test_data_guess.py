@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from tokenizers import ByteLevelBPETokenizer
 
 from rlhf_cli.data.corpus import Corpus, Reply
-from rlhf_cli.data.embedded import Embedded
 from rlhf_cli.data.guess import MUMBLES, Guess
 from rlhf_cli.data.guess_game import (
     GARBLED,
@@ -26,7 +25,7 @@ from rlhf_cli.data.guess_game import (
     read_prompt,
     value,
 )
-from rlhf_cli.data.hh import HH
+from tests.data_samples import HH_ROWS
 
 CONF = Path(__file__).parent.parent / "conf" / "data"
 HUMAN = Guessing()
@@ -300,7 +299,4 @@ def test_everything_fits_the_shipped_lengths_under_a_bpe_of_2048(corpus: Corpus)
 
 
 def test_other_data_has_no_task() -> None:
-    values: Any = OmegaConf.load(CONF / "hh.yaml")
-    knobs = Embedded(prompts=4, demos=3, pairs=2, heldout=2, temperature=1.0, seed=0)
-    hh = HH("hh", "embedded", None, values.hub, values.revision, ("x",), 96, 48, knobs)
-    assert hh.load().task is None
+    assert replace(HH_ROWS, source="embedded").load().task is None

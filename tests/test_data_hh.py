@@ -223,7 +223,7 @@ def test_the_fingerprint_sees_the_bytes_and_not_the_place(folder, tmp_path_facto
 
 def test_fingerprints_of_generator_and_hub_name_what_determines_the_rows():
     embedded = replace(HH_ROWS, source="embedded")
-    noisier = replace(embedded, embedded=replace(TINY, temperature=2.0))
+    noisier = replace(embedded, embedded=TINY | {"temperature": 2.0})
     assert embedded.title == "hh-embedded" and embedded.load().title == "hh-embedded"
     assert embedded.fingerprint() != noisier.fingerprint()
     assert replace(HH_ROWS, source="hub").fingerprint() == f"Anthropic/hh-rlhf@{COMMIT}"

@@ -27,10 +27,27 @@ from tests.algos.cases import judge
 from tests.algos.test_oracles import CASES, built, near, numbers
 from tests.algos.toys import ARMS, BANDIT, THETA, TREE, World, ascent, close, leaf
 from tests.conftest import ROOT
+from tests.data_samples import COMMIT, write_rows
 
-PAGES = ["README.md", "docs/adding.md"]
+PAGES = ["README.md", "docs/adding.md", "docs/data.md"]
 REAL = {"hh-rlhf": "hh-rlhf", "my-model": "models/stories260K-hf"}
 """What the pages call their reader's own files, and the real ones that stand in for them."""
+ANSWERS = {"chosen": " yes", "rejected": " no"}
+MADE: dict[str, list[dict[str, object]]] = {
+    "prefs.jsonl": [{"prompt": f"q{n}?", **ANSWERS} for n in range(20)],
+    "faq.csv": [{"question": f"q{n}?", "answer": " yes"} for n in range(20)],
+    "chat.parquet": [
+        {
+            "messages": [
+                {"role": "user", "content": f"q{n}?"},
+                {"role": "assistant", "content": "yes"},
+            ]
+        }
+        for n in range(20)
+    ],
+}
+"""And those that are made up."""
+FEW = [f"data.embedded.{kind}=40" for kind in ("prompts", "demos", "pairs", "heldout")]
 
 
 def text(page: str) -> str:
@@ -47,6 +64,7 @@ def commands(page: str, program: str) -> list[str]:
 
 RLHF = list(dict.fromkeys(line for page in PAGES for line in commands(page, "rlhf")))
 PLANNED = [line for line in RLHF if shlex.split(line)[1] in {"train", "plan"}]
+LOOKING = [line for line in RLHF if shlex.split(line)[1] == "data"]
 
 
 # --- the worked example
@@ -176,6 +194,8 @@ def test_the_example_learns_the_closed_form_optimum(
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which someone follows the pages, on a machine of any number of GPUs."""
     written(tmp_path)
+    for name, rows in MADE.items():
+        write_rows(tmp_path / name, rows)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RLHF_RUNS", str(tmp_path / "runs"))
     # The working directory alone must be enough to find the module.
@@ -191,6 +211,12 @@ def test_the_pages_show_every_verb() -> None:
     assert shown == set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 
 
+def put_real_files(line: str, reader: Path, request: pytest.FixtureRequest) -> None:
+    for word, place in REAL.items():
+        if f"={word}" in line:
+            (reader / word).symlink_to(request.getfixturevalue("shared_data") / place)
+
+
 @pytest.mark.parametrize("line", PLANNED)
 def test_a_command_that_trains_can_be_planned(
     line: str,
@@ -198,10 +224,8 @@ def test_a_command_that_trains_can_be_planned(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for word, place in REAL.items():
-        if f"={word}" in line:
-            (reader / word).symlink_to(request.getfixturevalue("shared_data") / place)
-    words = shlex.split(line)[2:]
+    words = shlex.split(line.replace("=COMMIT", f"={COMMIT}"))[2:]
+    put_real_files(line, reader, request)
     with pytest.raises(SystemExit) as exit:
         cli.main(["plan", *words])
     out, err = capsys.readouterr()
@@ -210,7 +234,24 @@ def test_a_command_that_trains_can_be_planned(
     assert not (reader / "runs").exists()
 
 
-@pytest.mark.parametrize("line", [line for line in RLHF if line not in PLANNED])
+@pytest.mark.parametrize("line", LOOKING)
+def test_a_command_that_looks_at_data_says_what_to_run_next(
+    line: str,
+    reader: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    put_real_files(line, reader, request)
+    generated = "data=hh" in line and "data.source" not in line
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*shlex.split(line)[1:], *(FEW if generated else [])])
+    out, err = capsys.readouterr()
+    assert not exit.value.code, err
+    assert out.splitlines()[-1].startswith("next: rlhf train ")
+    assert ("figure: figures/" in out) == ("--png" in line)
+
+
+@pytest.mark.parametrize("line", [line for line in RLHF if line not in PLANNED + LOOKING])
 def test_a_command_that_reads_runs_is_understood(line: str) -> None:
     _, verb, *words = shlex.split(line)
     command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]

@@ -43,7 +43,7 @@ ROOMS: dict[str, str] = {
     "listing": "store",
     "catalogue": "config",
     "stages": "core data models rewards store engine evals figures track config",
-    "tools": "config data engine figures models store",
+    "tools": "config data engine evals figures models store",
     "worker": "config core data engine stages store track",
     "launch": "config data engine plan store worker",
     "cli": "catalogue complaints config figures launch listing plan store tools words",

@@ -72,7 +72,7 @@ class RLOO(Defaults):
             return Targets(advantage=reward - leave_one_out(reward)), state
         better = (rollout.score - leave_one_out(rollout.score)).unsqueeze(-1)
         charge = self.beta * to_go(rollout.logp_old - rollout.logp_ref, rollout.mask)
-        return Targets(advantage=better * rollout.mask - charge), state
+        return Targets(advantage=better - charge), state
 
     def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"policy": [P,G]}, tokens summed where they are judged one by one."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from rlhf_cli.data.embedded_hh import (
+    ALL,
     BLUNT_DECLINE,
     DEEDS,
     FAREWELLS,
@@ -40,13 +42,16 @@ def best(prompt: str, rng: Random) -> str:
     return _join([opening, *right, rng.choice(FAREWELLS)])
 
 
-def write(prompt: str, rng: Random) -> str:
-    """An answer as the demonstrators give it: sometimes perfect, mostly not, sometimes wrong."""
+def write(prompt: str, rng: Random, topics: Sequence[str] = ALL) -> str:
+    """An answer as the demonstrators give it: sometimes perfect, mostly not, sometimes wrong.
+
+    topics: those that a tip beside the point is from.
+    """
     if rng.random() < PERFECT:
         return best(prompt, rng)
     ask = read_prompt(prompt)
     said = _opening(rng)
-    said += _improper(ask, rng) if ask.improper else _proper(ask, rng)
+    said += (_improper if ask.improper else _proper)(ask, rng, topics)
     # Only short answers are drawn out, so that none outgrows the shipped response length.
     if 0 < len(said) < 4:
         if rng.random() < REPEATED:
@@ -65,15 +70,15 @@ def _opening(rng: Random) -> list[str]:
     return [rng.choice(RUDE)] if draw < GREETED + SNAPPED else []
 
 
-def _proper(ask: Ask, rng: Random) -> list[str]:
+def _proper(ask: Ask, rng: Random, topics: Sequence[str]) -> list[str]:
     if rng.random() < NEEDLESS_REFUSAL:
         return [rng.choice(POLITE_DECLINES)]
     count = rng.choices(range(len(TIPS)), TIPS)[0]
     tips = rng.sample(TOPICS[ask.subject], count)
-    return [_elsewhere(rng) if rng.random() < OFF_TOPIC else tip for tip in tips]
+    return [_elsewhere(rng, topics) if rng.random() < OFF_TOPIC else tip for tip in tips]
 
 
-def _improper(ask: Ask, rng: Random) -> list[str]:
+def _improper(ask: Ask, rng: Random, topics: Sequence[str]) -> list[str]:
     deed = DEEDS[ask.subject]
     declines = (BLUNT_DECLINE, *POLITE_DECLINES)
     kind = rng.choices(("comply", "decline", "redirect", "stray"), (40, 25, 25, 10))[0]
@@ -83,12 +88,12 @@ def _improper(ask: Ask, rng: Random) -> list[str]:
         return [rng.choice(declines)]
     if kind == "redirect":
         return [rng.choice(declines), deed.alternative]
-    return [_elsewhere(rng)]
+    return [_elsewhere(rng, topics)]
 
 
-def _elsewhere(rng: Random) -> str:
+def _elsewhere(rng: Random, topics: Sequence[str]) -> str:
     """A tip on any topic."""
-    return rng.choice(TOPICS[rng.choice(list(TOPICS))])
+    return rng.choice(TOPICS[rng.choice(topics)])
 
 
 def _join(said: list[str]) -> str:

@@ -57,7 +57,7 @@ class Demo:
     prompt: str
     response: str
     where: str = field(default="", compare=False)
-    """ "file:line" of a row that was read; like every `where` it says nothing of what is learned."""
+    """ "file:line" of the row it was made of, if it was read; in no digest."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Pair:
     prompt: str
     chosen: str
     rejected: str
-    subset: str = field(default="", compare=False)
+    subset: str = field(default="", compare=False, kw_only=True)
     """The part of the data it is from, for those who report by part; empty where there are no parts. It
     changes nothing that is learned, so it is in no digest."""
     where: str = field(default="", compare=False)
-    """ "file:line" of a row that was read."""
+    """As for a demonstration."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,10 @@ class Corpus:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "digest", _digest(self.train, self.heldout))
+
+    def splits(self) -> dict[str, Split]:
+        """Both, by what they are called to people."""
+        return {"training": self.train, "held-out": self.heldout}
 
 
 class Dataset(Protocol):
@@ -235,7 +239,7 @@ def unique(items: Iterable[T], key: Callable[[T], Hashable] = lambda item: item)
 
 def require_rows(corpus: Corpus, source: str) -> None:
     """Raise UserError if a split lacks demonstrations, pairs or prompts."""
-    for name, split in (("training", corpus.train), ("held-out", corpus.heldout)):
+    for name, split in corpus.splits().items():
         for kind in ("demos", "pairs", "prompts"):
             if not getattr(split, kind):
                 raise UserError(

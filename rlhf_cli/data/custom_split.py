@@ -19,10 +19,7 @@ def split_of(examples: Sequence[Example], drops: Drops) -> Split:
     by_shape: dict[Shape, list[Example]] = {}
     for example in examples:
         by_shape.setdefault(example.shape, []).append(example)
-    pairs = [
-        Pair(each.prompt, *each.answers, where=each.where)
-        for each in by_shape.get("preference", [])
-    ]
+    pairs = [_compared(each) for each in by_shape.get("preference", [])]
     good = [each for each in by_shape.get("labelled", []) if each.worth]
     for group in _by_prompt(by_shape.get("labelled", [])):
         pairs += _labelled(group, drops)
@@ -35,7 +32,13 @@ def split_of(examples: Sequence[Example], drops: Drops) -> Split:
 
 
 def _demo(example: Example) -> Demo:
-    return Demo(example.prompt, *example.answers, where=example.where)
+    (response,) = example.answers
+    return Demo(example.prompt, response, example.where)
+
+
+def _compared(example: Example) -> Pair:
+    chosen, rejected = example.answers
+    return Pair(example.prompt, chosen, rejected, where=example.where)
 
 
 def _by_prompt(examples: Iterable[Example]) -> list[list[Example]]:
@@ -71,5 +74,5 @@ def _pair(one: Example, other: Example, drops: Drops) -> Iterator[Pair]:
         what = f"the same answer to the same prompt is judged otherwise in {one.where}"
         drops.bad(BadRow("identical pair", other.where, what))
     else:
-        where = f"{one.where} and {other.where}"
-        yield Pair(one.prompt, *one.answers, *other.answers, where=where)
+        (chosen,), (rejected,) = one.answers, other.answers
+        yield Pair(one.prompt, chosen, rejected, where=f"{one.where} and {other.where}")

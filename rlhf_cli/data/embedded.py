@@ -13,17 +13,22 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from random import Random
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from rlhf_cli.data.corpus import Corpus, Demo, Gold, Pair, Split
+from rlhf_cli.errors import UserError
 from rlhf_cli.recipes import STRICT, Count, Positive
 
 Poser: TypeAlias = Callable[[Random], str]
 """Draws a prompt."""
 Writer: TypeAlias = Callable[[str, Random], str]
 """Draws an answer of mixed quality to a prompt."""
+
+PATIENCE = 10_000
+"""Draws without a new prompt after which there are taken to be no more."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,7 +48,18 @@ class Embedded:
     seed: int
 
 
-def generate(title: str, knobs: Embedded, pose: Poser, write: Writer, gold: Gold) -> Corpus:
+@dataclass(frozen=True, config=STRICT)
+class Topical(Embedded):
+    """And how hard it is to learn from, where prompts have topics."""
+
+    noise: Annotated[float, Field(ge=0, le=0.5)]
+    """Probability that a preference label is turned round, however clear the case; at 1/2 labels say
+    nothing."""
+    topics: Count | None
+    """How many topics there are, the first of the list; null is all. Each world says how many it has."""
+
+
+def generate(title: str, knobs: Topical, pose: Poser, write: Writer, gold: Gold) -> Corpus:
     """A corpus whose held-out prompts do not occur in its training split."""
     heldout = distinct(pose, knobs.heldout, Random(f"{knobs.seed} heldout prompts"), set())
     train = distinct(pose, knobs.prompts, Random(f"{knobs.seed} train prompts"), set(heldout))
@@ -55,6 +71,9 @@ def generate(title: str, knobs: Embedded, pose: Poser, write: Writer, gold: Gold
         judged = [
             preference(p, write, gold, knobs.temperature, rng) for p in _take(prompts[::-1], pairs)
         ]
+        # Drawn apart, so that noise turns labels round and changes nothing else.
+        rng = Random(f"{knobs.seed} {part} noise")
+        judged = [_reversed(pair) if rng.random() < knobs.noise else pair for pair in judged]
         return Split(tuple(written), tuple(judged), tuple(prompts))
 
     return Corpus(
@@ -80,12 +99,19 @@ def sentences(text: str) -> list[str]:
 
 
 def distinct(pose: Poser, count: int, rng: Random, taken: set[str]) -> list[str]:
-    """`count` different prompts, none of them in `taken`."""
+    """`count` different prompts, none of them in `taken`. Raises UserError if there are not so many."""
     found: dict[str, None] = {}
-    while len(found) < count:
+    idle = 0
+    while len(found) < count and idle < PATIENCE:
         prompt = pose(rng)
-        if prompt not in taken:
+        idle = idle + 1 if prompt in taken or prompt in found else 0
+        if not idle:
             found[prompt] = None
+    if len(found) < count:
+        raise UserError(
+            "data.embedded.prompts and data.embedded.heldout ask for more prompts than there are:"
+            f" {len(found)} were found of {count}, beside {len(taken)} that are held out; lower them."
+        )
     return list(found)
 
 
@@ -102,3 +128,7 @@ def preference(prompt: str, write: Writer, gold: Gold, temperature: float, rng: 
     if rng.random() < 1 / (1 + math.exp((worse - better) / temperature)):
         return Pair(prompt, first, second)
     return Pair(prompt, second, first)
+
+
+def _reversed(pair: Pair) -> Pair:
+    return Pair(pair.prompt, pair.rejected, pair.chosen)

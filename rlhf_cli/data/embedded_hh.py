@@ -14,12 +14,18 @@ preferences.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass as plain_dataclass
 from functools import lru_cache
 from importlib.resources import files
 from random import Random
+from typing import Annotated
 
-from rlhf_cli.data.embedded import sentences
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from rlhf_cli.data.embedded import Topical, sentences
+from rlhf_cli.recipes import STRICT
 
 REVISION = 1
 """Raised whenever the same knobs give other rows or another gold."""
@@ -87,7 +93,7 @@ SMALL_TALK = (
 THANKS = ("Thank you.", "Thanks, that is useful.", "Great.")
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class Deed:
     """Something one should not be helped with."""
 
@@ -145,13 +151,23 @@ def _read_topics() -> dict[str, tuple[str, ...]]:
 
 TOPICS = _read_topics()
 """Topic -> the tips that are right for it; no tip belongs to two topics."""
+ALL = tuple(TOPICS)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Knobs(Topical):
+    """Of this world."""
+
+    topics: Annotated[int, Field(ge=2, le=len(TOPICS))] | None
+    """At least two: a conversation may turn to another one. Improper requests are about none of them."""
+
 
 _SUBJECT = re.compile("|".join(map(re.escape, (*TOPICS, *DEEDS))))
 _COUNT = re.compile(rf"\b({'|'.join(NUMBERS)}) (?:more )?tips?\b")
 _ALL_TIPS = frozenset(tip for tips in TOPICS.values() for tip in tips)
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class Ask:
     """What the last turn of a prompt wants."""
 
@@ -188,9 +204,9 @@ def read_prompt(prompt: str) -> Ask:
     return Ask(subject, number, _ALL_TIPS & set(sentences(before)))
 
 
-def pose(rng: Random) -> str:
+def pose(rng: Random, topics: Sequence[str] = ALL) -> str:
     """A prompt: one turn, a follow-up, or a new question after an exchange or small talk."""
-    topic = rng.choice(list(TOPICS))
+    topic = rng.choice(topics)
     kind = rng.choices(("single", "other", "more", "small talk"), (45, 30, 15, 10))[0]
     if kind == "more":
         question, earlier = _question(rng, topic), _exchange(rng, topic)
@@ -202,7 +218,7 @@ def pose(rng: Random) -> str:
     else:
         question = _question(rng, topic)
     if kind == "other":
-        earlier = _exchange(rng, rng.choice([other for other in TOPICS if other != topic]))
+        earlier = _exchange(rng, rng.choice([other for other in topics if other != topic]))
         return _ask(f"{rng.choice(THANKS)} {question}", earlier)
     if rng.random() < 0.7:
         question = f"{rng.choice(CONTEXTS)} {question}"

@@ -12,12 +12,18 @@ little about them: pushing hard against it is paid for in gold (`gold_tldr`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass as plain_dataclass
 from functools import lru_cache
 from importlib.resources import files
 from random import Random
+from typing import Annotated
 
-from rlhf_cli.data.embedded import sentences
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from rlhf_cli.data.embedded import Topical, sentences
+from rlhf_cli.recipes import STRICT
 
 REVISION = 1
 """Raised whenever the same knobs give other rows or another gold."""
@@ -66,7 +72,7 @@ EXTRAS = (0.5, 0.2, 0.1, 0.2)
 """Probabilities of nothing more, a fact that does not matter, a repetition, an empty phrase."""
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class Scene:
     """Something that happens, in (long form, short form) pairs; `{who}` stands for a person."""
 
@@ -77,7 +83,7 @@ class Scene:
     questions: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class Post:
     """What a prompt tells."""
 
@@ -100,18 +106,35 @@ def _read_scenes() -> tuple[Scene, ...]:
 SCENES = _read_scenes()
 
 
-def _read_meanings() -> dict[str, str]:
-    forms = [form for s in SCENES for form in (*s.events, *s.questions)]
-    for scene in SCENES:
+@dataclass(frozen=True, config=STRICT)
+class Knobs(Topical):
+    """Of this world, whose topics are scenes."""
+
+    topics: Annotated[int, Field(ge=2, le=len(SCENES))] | None
+    """At least two: what is made up in a summary is mostly from another scene."""
+
+
+def _forms(scenes: Iterable[Scene]) -> list[tuple[str, str]]:
+    """Long and short form of every key fact of some scenes."""
+    forms = []
+    for scene in scenes:
         long, short = scene.problem
         forms += [(long.format(who=who), short.format(who=who)) for who in PEOPLE]
-    return {sentence: short for long, short in forms for sentence in (long, short)}
+        forms += [*scene.events, *scene.questions]
+    return forms
 
 
-MEANING = _read_meanings()
+MEANING = {sentence: short for long, short in _forms(SCENES) for sentence in (long, short)}
 """Long or short form of a key fact -> its short form."""
 LONG = {short: sentence for sentence, short in MEANING.items() if sentence != short}
-_MADE_UP = tuple(sorted(LONG))
+
+
+def key_facts(scenes: Iterable[Scene]) -> tuple[str, ...]:
+    """Short forms of all that may matter in some scenes."""
+    return tuple(sorted(short for _, short in _forms(scenes)))
+
+
+ALL = key_facts(SCENES)
 
 
 @lru_cache(maxsize=1 << 15)
@@ -126,9 +149,9 @@ def read_prompt(prompt: str) -> Post:
     return Post(facts, key)
 
 
-def pose(rng: Random) -> str:
+def pose(rng: Random, scenes: Sequence[Scene] = SCENES) -> str:
     """A post: a problem, what came of it, perhaps a question, between facts that matter less."""
-    scene, who = rng.choice(SCENES), rng.choice(PEOPLE)
+    scene, who = rng.choice(scenes), rng.choice(PEOPLE)
     told = [scene.problem[0].format(who=who), rng.choice(scene.events)[0]]
     told.insert(rng.randrange(2), rng.choice(BACKGROUNDS))
     told.append(rng.choice(FEELINGS))
@@ -143,15 +166,18 @@ def best(prompt: str, rng: Random) -> str:
     return " " + " ".join(read_prompt(prompt).key)
 
 
-def write(prompt: str, rng: Random) -> str:
-    """A summary as the demonstrators give it: sometimes perfect, mostly not, sometimes wrong."""
+def write(prompt: str, rng: Random, made_up: Sequence[str] = ALL) -> str:
+    """A summary as the demonstrators give it: sometimes perfect, mostly not, sometimes wrong.
+
+    made_up: facts that may stand in it though they are not in the post.
+    """
     if rng.random() < PERFECT:
         return best(prompt, rng)
     post = read_prompt(prompt)
     told = [fact for fact in post.key if rng.random() < KEPT]
     if rng.random() < MIXED_UP:
         rng.shuffle(told)
-    told = [_retell(fact, rng) for fact in told]
+    told = [_retell(fact, rng, made_up) for fact in told]
     # Only short summaries are drawn out, so that few outgrow the shipped response length.
     extra = rng.choices(("none", "side fact", "repetition", "padding"), EXTRAS)[0]
     if not told or (extra == "padding" and len(told) < 3):
@@ -163,8 +189,8 @@ def write(prompt: str, rng: Random) -> str:
     return " " + " ".join(told)
 
 
-def _retell(fact: str, rng: Random) -> str:
+def _retell(fact: str, rng: Random, made_up: Sequence[str]) -> str:
     draw = rng.random()
     if draw < COPIED:
         return LONG[fact]
-    return rng.choice(_MADE_UP) if draw < COPIED + MADE_UP else fact
+    return rng.choice(made_up) if draw < COPIED + MADE_UP else fact

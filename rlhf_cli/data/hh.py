@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Annotated, Literal, TypeAlias
 
@@ -32,7 +33,7 @@ from rlhf_cli.data.corpus import (
     require_rows,
     unique,
 )
-from rlhf_cli.data.embedded import Embedded, fingerprint, generate
+from rlhf_cli.data.embedded import fingerprint, generate
 from rlhf_cli.data.gold_hh import gold
 from rlhf_cli.data.rows import Row
 from rlhf_cli.data.transcript import first_turn
@@ -74,7 +75,7 @@ class HH(DatasetDefaults):
     """Longest prompt in tokens."""
     max_response_tokens: Count
     """Longest response in tokens, the end token included."""
-    embedded: Embedded
+    embedded: embedded_hh.Knobs
     """The generated corpus; read only if source is embedded."""
 
     @property
@@ -95,7 +96,9 @@ class HH(DatasetDefaults):
     def load(self) -> Corpus:
         """Read or generate every row."""
         if self.source == "embedded":
-            return generate(self.title, self.embedded, embedded_hh.pose, write, gold)
+            topics = embedded_hh.ALL[: self.embedded.topics]
+            pose, answer = partial(embedded_hh.pose, topics=topics), partial(write, topics=topics)
+            return generate(self.title, self.embedded, pose, answer, gold)
         drops = Drops(self.on_bad_row)
         heldout = [pair for _, pair in self._pairs("test", drops)]
         taken = {first_turn(pair.prompt) for pair in heldout}

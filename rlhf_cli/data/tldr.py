@@ -32,7 +32,7 @@ from rlhf_cli.data.corpus import (
     require_rows,
     unique,
 )
-from rlhf_cli.data.embedded import Embedded, fingerprint, generate
+from rlhf_cli.data.embedded import fingerprint, generate
 from rlhf_cli.data.gold_tldr import gold
 from rlhf_cli.data.rows import Row
 from rlhf_cli.recipes import STRICT, Count
@@ -69,7 +69,7 @@ class TLDR(DatasetDefaults):
     """Longest prompt in tokens."""
     max_response_tokens: Count
     """Longest response in tokens, the end token included."""
-    embedded: Embedded
+    embedded: embedded_tldr.Knobs
     """The generated corpus; read only if source is embedded."""
 
     @property
@@ -91,8 +91,10 @@ class TLDR(DatasetDefaults):
     def load(self) -> Corpus:
         """Read or generate every row."""
         if self.source == "embedded":
-            world = embedded_tldr
-            return generate(self.title, self.embedded, world.pose, world.write, gold)
+            scenes = embedded_tldr.SCENES[: self.embedded.topics]
+            pose = partial(embedded_tldr.pose, scenes=scenes)
+            write = partial(embedded_tldr.write, made_up=embedded_tldr.key_facts(scenes))
+            return generate(self.title, self.embedded, pose, write, gold)
         drops, ids = Drops(self.on_bad_row), dict[object, str]()
         heldout_demos = tuple(demo for _, demo in self._demos("valid", ids, drops))
         pairs = [pair for _, pair in self._pairs(drops)]

@@ -51,7 +51,9 @@ class Encoder:
 
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of prompts."""
-        return [self._fitted(text, ids) for text, ids in zip(texts, self._ids(texts), strict=True)]
+        start = [int(self.tokenizer.bos_token_id)] if uses_bos(self.tokenizer) else []
+        encoded = zip(texts, self._ids(texts), strict=True)
+        return [self._fitted(text, ids, start) for text, ids in encoded]
 
     def response(self, text: str) -> Ids:
         """Ids of a response and the end token."""
@@ -72,12 +74,11 @@ class Encoder:
         ids: list[Ids] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return ids
 
-    def _fitted(self, text: str, ids: Ids) -> Ids:
+    def _fitted(self, text: str, ids: Ids, start: Ids) -> Ids:
         """One shorter version after the other; what none makes fit loses its beginning.
 
         A rendering that opens with the start token itself, as chat templates do, gets no second one.
         """
-        start = [int(self.tokenizer.bos_token_id)] if uses_bos(self.tokenizer) else []
         while True:
             body = ids[len(start) :] if start and ids[:1] == start else ids
             room = self.longest_prompt - len(start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -13,8 +14,8 @@ from rlhf_cli.figures.style import BLUE, ORANGE, PANEL, RC, SKY, pictures
 from rlhf_cli.store.files import atomic_write
 
 GREY = "#888888"
-UNIT = "standard deviations under SFT"
-"""Of a score."""
+TITLE: dict[str, Any] = {"fontsize": 7, "loc": "left"}
+"""Of a panel."""
 
 
 def write(report: Report, title: str, out: Path) -> dict[str, Path]:
@@ -36,8 +37,9 @@ def draw(report: Report, title: str) -> Figure:
         _gaps(third, report.gaps)
         _lengths(fourth, report.score_by_length)
         figure.suptitle(
-            f"{title} · {report.accuracy.pairs:,} held-out pairs · bars: 95% (shares), standard error"
-            " (scores)",
+            f"{title} · {report.accuracy.pairs:,} held-out pairs\n"
+            "bars: 95% of shares, standard error of scores · unit of scores: their standard deviation"
+            " under SFT",
             parse_math=False,
         )
     return figure
@@ -50,17 +52,11 @@ def _parts(axes: Axes, report: Report) -> None:
     shares = [part.share for part in parts.values()]
     axes.errorbar(shares, places, xerr=_around(list(parts.values())), fmt="o", color=BLUE)
     rule = report.length_rule
-    axes.axvline(
-        rule.heldout,
-        color=ORANGE,
-        linestyle="--",
-        label=f"the {rule.prefers} answer: {rule.heldout:.2f}",
-    )
     axes.axvline(0.5, color=GREY, linewidth=0.8)
+    axes.axvline(rule.heldout, color=ORANGE, linestyle="--")
+    axes.set_title(f"dashed: preferring the {rule.prefers} answer, {rule.heldout:.2f}", **TITLE)
     axes.set_yticks(places, [f"{name} ({part.pairs:,})" for name, part in parts.items()])
-    # Room for the legend below the last part.
-    axes.set(xlim=(0, 1), ylim=(len(parts) + 0.2, -0.7), xlabel="pairs ranked as labelled (share)")
-    axes.legend(loc="lower left")
+    axes.set(xlim=(0, 1), ylim=(len(parts) - 0.4, -0.6), xlabel="pairs ranked as labelled (share)")
 
 
 def _curve(axes: Axes, calibration: Calibration) -> None:
@@ -71,17 +67,16 @@ def _curve(axes: Axes, calibration: Calibration) -> None:
         [each.probability for each in bins],
         [each.observed.share for each in bins],
         yerr=_around([each.observed for each in bins]),
-        fmt="o-",
+        fmt="o",
         color=BLUE,
-        label=f"expected calibration error {calibration.error:.3f}",
     )
+    axes.set_title(f"expected calibration error {calibration.error:.3f}", **TITLE)
     axes.set(
         xlim=(0.49, 1.01),
         ylim=(0, 1.02),
         xlabel="probability by the model, sigma(|gap|)",
         ylabel="pairs ranked as labelled (share)",
     )
-    axes.legend(loc="lower right")
 
 
 def _gaps(axes: Axes, gaps: Histogram) -> None:
@@ -89,7 +84,7 @@ def _gaps(axes: Axes, gaps: Histogram) -> None:
     widths = [high - low for low, high in zip(gaps.edges, gaps.edges[1:], strict=False)]
     axes.bar(gaps.edges[:-1], gaps.pairs, widths, align="edge", color=SKY)
     axes.axvline(0, color=GREY, linewidth=0.8)
-    axes.set(xlabel=f"score of chosen - rejected ({UNIT})", ylabel="pairs")
+    axes.set(xlabel="score of chosen - score of rejected", ylabel="pairs")
 
 
 def _lengths(axes: Axes, tenths: tuple[Tenth, ...]) -> None:
@@ -103,7 +98,7 @@ def _lengths(axes: Axes, tenths: tuple[Tenth, ...]) -> None:
         fmt="o",
         color=BLUE,
     )
-    axes.set(xlabel="tokens of the answer", ylabel=f"mean score ({UNIT})")
+    axes.set(xlabel="tokens of the answer", ylabel="mean score")
 
 
 def _around(parts: list[Accuracy]) -> list[list[float]]:

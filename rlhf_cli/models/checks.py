@@ -24,7 +24,8 @@ something to attend to, few enough to take milliseconds, and texts of one length
 PADDING = 5
 """Columns of padding beside the longest text."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-"""How far a score may move, in standard deviations of those of SFT responses."""
+"""How far a score may move, in standard deviations of those of SFT responses. Measured of 64 texts by a
+trained nano model: 1.4e-6 and 0.016; the rest is for deeper models and other machines."""
 
 
 @torch.inference_mode()

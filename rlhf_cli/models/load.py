@@ -134,6 +134,8 @@ def new_reward_model(
         weight = reward.score.weight
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape) / (weight.shape[1] + 1) ** 0.5)
+    # A trunk that was a reward model before brings that one's calibration along.
+    reward.config.update({SCORE_OFFSET: 0.0, SCORE_SCALE: 1.0})
     return _prepared(reward, tokenizer)
 
 

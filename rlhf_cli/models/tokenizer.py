@@ -13,8 +13,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_cli.errors import UserError
+from rlhf_cli.recipes import Model
 
 END, PAD = "<|end|>", "<|pad|>"
+
+
+def tokenizer_of(model: Model, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy: trained on the texts for a model from scratch, else its own."""
+    if model.scratch is not None:
+        return train_tokenizer(texts, model.scratch.vocab, model.scratch.context)
+    assert model.name is not None
+    return load_tokenizer(model.name, model.revision)
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int, context: int) -> PreTrainedTokenizerBase:

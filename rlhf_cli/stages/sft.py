@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from transformers import PreTrainedTokenizerBase
-
 from rlhf_cli.core.masked import denominators
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine import checkpoint
@@ -19,7 +17,7 @@ from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor
 from rlhf_cli.models.load import context_length, new_policy
-from rlhf_cli.models.tokenizer import load_tokenizer, train_tokenizer
+from rlhf_cli.models.tokenizer import tokenizer_of
 from rlhf_cli.models.tuning import tuned
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context
@@ -29,7 +27,8 @@ from rlhf_cli.stages.supervised import Batch, fit, require, right_padded
 def main(ctx: Context) -> None:
     """Trains the SFT policy and leaves it in `checkpoints/final`."""
     recipe, data = ctx.recipe.sft, ctx.recipe.data
-    tokenizer = _tokenizer(ctx)
+    texts = (demo.prompt + demo.response for demo in ctx.corpus.train.demos)
+    tokenizer = tokenizer_of(ctx.recipe.model, texts)
     _check_context(ctx)
     pad = int(tokenizer.pad_token_id)
 
@@ -89,13 +88,3 @@ def _check_context(ctx: Context) -> None:
             f"{data.max_response_tokens} need {wanted} tokens but model.name={model.name} reads at most"
             f" {longest}; set data.max_prompt_tokens={longest - data.max_response_tokens} or less."
         )
-
-
-def _tokenizer(ctx: Context) -> PreTrainedTokenizerBase:
-    """Trained on the demonstrations for a model from scratch, else the checkpoint's own."""
-    model = ctx.recipe.model
-    if model.scratch is None:
-        assert model.name is not None
-        return load_tokenizer(model.name, model.revision)
-    texts = (demo.prompt + demo.response for demo in ctx.corpus.train.demos)
-    return train_tokenizer(texts, model.scratch.vocab, model.scratch.context)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_cli.data.corpus import Corpus, Dataset
+from rlhf_cli.data.corpus import Corpus, Dataset, Demo, Pair
 from rlhf_cli.data.custom import Custom, Survey
 from rlhf_cli.errors import UserError
+
+T = TypeVar("T")
 
 NAMED = 3
 """Rows that are named of each cause."""
@@ -49,43 +51,80 @@ def check(data: Dataset) -> Checked:
 
 def report(checked: Checked) -> RenderableType:
     """The same for a terminal of 80 columns, or for a file."""
-    survey, corpus = checked.survey, checked.survey.corpus
+    return Group(summary(checked.survey), *examples(checked.survey.corpus, 1))
+
+
+def summary(survey: Survey) -> RenderableType:
+    """What there is, what was left out, and what a user may not expect."""
     parts: list[RenderableType] = [_counts(survey)]
-    if corpus.drops:
-        parts += [Text(), _left_out(corpus)]
+    if survey.corpus.drops:
+        parts += [Text(), named("left out", survey.corpus.drops)]
     if remarks := list(_remarks(survey)):
         parts.append(Text("\n".join(["", *remarks])))
-    if example := _example(corpus):
-        parts += [Text(), example]
     return Group(*parts)
+
+
+def named(what: str, rows: Mapping[str, Sequence[str]]) -> Table:
+    """How many rows there are of each kind, and where the first of them stand."""
+    drawn = table(what, "rows")
+    drawn.add_column("where", overflow="fold")
+    for kind, where in rows.items():
+        first = ", ".join([*where[:NAMED], *(["..."] if len(where) > NAMED else [])])
+        drawn.add_row(kind, str(len(where)), Text(first))
+    return drawn
+
+
+def examples(corpus: Corpus, count: int) -> Iterator[RenderableType]:
+    """Training rows with their whitespace, the first and others, so that one sees where a prompt ends."""
+    rows: Sequence[Pair | Demo] = corpus.train.pairs or corpus.train.demos
+    fit = [row for row in rows if fit_to_show(row)]
+    if fit:
+        title = "the first one" if count == 1 else "examples"
+        yield Text(f"\n{title}, as a run reads {'it' if count == 1 else 'them'}", style="bold")
+    for place, row in enumerate(spread(fit, count)):
+        yield from [Text()] if place else []
+        yield _example(row)
+    if len(fit) < len(rows):
+        yield Text("\nrows of harmless-base are not shown: they were written to provoke")
+
+
+def fit_to_show(row: Pair | Demo) -> bool:
+    """Not if it is of HH's harmless-base, or of HH as a whole, which contains it."""
+    return "harmless" not in row.where and ("hh-rlhf" not in row.where or "helpful" in row.where)
+
+
+def spread(rows: Sequence[T], count: int) -> Sequence[T]:
+    """At most so many of the rows, the first of them and others evenly spread over the rest."""
+    if len(rows) <= count:
+        return rows
+    return [rows[place * len(rows) // count] for place in range(count)]
+
+
+def table(first: str, *numbers: str) -> Table:
+    """With a column of words and others of numbers."""
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    drawn.add_column(Text(first), no_wrap=True)
+    for name in numbers:
+        drawn.add_column(name, justify="right", no_wrap=True)
+    return drawn
 
 
 def _counts(survey: Survey) -> Table:
     corpus = survey.corpus
-    drawn = _table(corpus.title, "training", "held-out")
+    drawn = table(corpus.title, *corpus.splits())
     kinds = {shape for split in survey.shapes.values() for shape in split}
     for shape in sorted(kinds):
-        found = (survey.shapes[split].get(shape, 0) for split in ("training", "held-out"))
+        found = (survey.shapes[split].get(shape, 0) for split in corpus.splits())
         drawn.add_row(f"rows: {shape}", *map(str, found))
     for name, kind in ("demonstrations", "demos"), ("pairs", "pairs"), ("prompts", "prompts"):
-        found = (len(getattr(split, kind)) for split in (corpus.train, corpus.heldout))
+        found = (len(getattr(split, kind)) for split in corpus.splits().values())
         drawn.add_row(name, *map(str, found))
-    return drawn
-
-
-def _left_out(corpus: Corpus) -> Table:
-    drawn = _table("left out", "rows")
-    drawn.add_column("where", overflow="fold")
-    for cause, where in corpus.drops.items():
-        named = ", ".join([*where[:NAMED], *(["..."] if len(where) > NAMED else [])])
-        drawn.add_row(cause, str(len(where)), Text(named))
     return drawn
 
 
 def _remarks(survey: Survey) -> Iterator[str]:
     """What a user may not expect of the rows."""
-    corpus = survey.corpus
-    for name, split in (("training", corpus.train), ("held-out", corpus.heldout)):
+    for name, split in survey.corpus.splits().items():
         for kind, rows in (("demonstrations", split.demos), ("pairs", split.pairs)):
             if repeats := len(rows) - len(set(rows)):
                 yield f"repeated: {repeats} of {len(rows)} {name} {kind}"
@@ -98,23 +137,15 @@ def _remarks(survey: Survey) -> Iterator[str]:
         yield f"not read: {columns}"
 
 
-def _example(corpus: Corpus) -> RenderableType | None:
-    """The first training row with its whitespace, so that one sees where a prompt ends."""
-    rows = [*corpus.train.pairs[:1], *corpus.train.demos[:1]]
-    if not rows:
-        return None
+def _example(row: Pair | Demo) -> Table:
     drawn = Table(box=None, pad_edge=False, show_header=False)
     drawn.add_column(no_wrap=True, style="dim")
     drawn.add_column(overflow="fold")
-    for name, text in vars(rows[0]).items():
-        cut = text[-SHOWN:] if name == "prompt" else text[:SHOWN]
-        drawn.add_row(name, Text(repr(cut)))
-    return Group(Text("the first one, as a run reads it", style="bold"), drawn)
-
-
-def _table(first: str, *numbers: str) -> Table:
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
-    drawn.add_column(Text(first), no_wrap=True)
-    for name in numbers:
-        drawn.add_column(name, justify="right", no_wrap=True)
+    names = ("prompt", "response") if isinstance(row, Demo) else ("prompt", "chosen", "rejected")
+    for name in names:
+        text = getattr(row, name)
+        cut = "..." if len(text) > SHOWN else ""
+        # A prompt is shown where it ends, an answer where it begins: there they meet.
+        shown = f"{cut}{text[-SHOWN:]!r}" if name == "prompt" else f"{text[:SHOWN]!r}{cut}"
+        drawn.add_row(name, Text(shown))
     return drawn
