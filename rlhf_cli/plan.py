@@ -33,7 +33,7 @@ ENGINE_REVISION = 2
 Stage = Literal["sft", "reward", "rl"]
 Role = Literal["sft", "reward", "guide", "rl"]
 
-UNREAD = frozenset({"path", "on_bad_row", "tokenizer", "tokenizer_revision"})
+UNREAD = frozenset({"path", "embedded", "on_bad_row", "tokenizer", "tokenizer_revision"})
 """Fields of a dataset that are in no key: where its rows lie, and what its fingerprint says by contents.
 With another rule for bad rows a run either reads the same rows or does not begin."""
 

@@ -226,5 +226,6 @@ def test_a_reward_model_trained_otherwise_still_starts_from_the_policy() -> None
     for words in (["reward.model.tuning.layers=1"], ["reward.model.precision=bf16"]):
         made = recipe(compose(words))
         assert made.reward.model != made.model and made.reward.model.starts_like(made.model)
-    other = recipe(compose(["reward.model.scratch.width=64"]))
+    words = ["model@reward.model=nano", "reward.model.scratch.width=64"]
+    other = recipe(compose(words))
     assert not other.reward.model.starts_like(other.model)

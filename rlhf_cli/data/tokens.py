@@ -52,8 +52,8 @@ class Encoder:
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of prompts."""
         start = [int(self.tokenizer.bos_token_id)] if uses_bos(self.tokenizer) else []
-        encoded = zip(texts, self._ids(texts), strict=True)
-        return [self._fitted(text, ids, start) for text, ids in encoded]
+        both = zip(texts, self._ids(texts), strict=True)
+        return [self._fitted(text, ids, start) for text, ids in both]
 
     def response(self, text: str) -> Ids:
         """Ids of a response and the end token."""

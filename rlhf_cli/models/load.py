@@ -7,7 +7,10 @@ probability ratio of the first update would not be 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -58,7 +61,8 @@ def new_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model.scratch.seed)
         config = scratch_config(model.scratch, tokenizer)
-        policy = AutoModelForCausalLM.from_config(config, **_kernel(attention))
+        with _kernel(attention) as kernel:
+            policy = AutoModelForCausalLM.from_config(config, **kernel)
     return _prepared(policy.to(DTYPES[model.precision]), tokenizer)
 
 
@@ -120,7 +124,8 @@ def new_reward_model(
         elif model.scratch is not None:
             config = scratch_config(model.scratch, tokenizer)
             config.num_labels = 1
-            reward = kind.from_config(config, **_kernel(attention)).to(DTYPES[model.precision])
+            with _kernel(attention) as kernel:
+                reward = kind.from_config(config, **kernel).to(DTYPES[model.precision])
         else:
             assert model.name is not None
             own = load_tokenizer(model.name, model.revision)
@@ -168,17 +173,11 @@ def load(  # type: ignore[no-untyped-def]
     **options: object,
 ):
     """`kind.from_pretrained` with our errors; remote code is never run."""
-    options |= _kernel(attention)
     try:
-        return kind.from_pretrained(  # type: ignore[attr-defined]
-            str(name), revision=revision or "main", dtype=DTYPES[precision], **options
-        )
-    except ImportError as error:
-        first = str(error).strip().partition("\n")[0].rstrip(".")
-        raise UserError(
-            f"launch.attention={attention} cannot be had here ({first}); install what it needs, or set"
-            " launch.attention=auto."
-        ) from error
+        with _kernel(attention) as kernel:
+            return kind.from_pretrained(  # type: ignore[attr-defined]
+                str(name), revision=revision or "main", dtype=DTYPES[precision], **options, **kernel
+            )
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
@@ -187,9 +186,17 @@ def load(  # type: ignore[no-untyped-def]
         ) from error
 
 
-def _kernel(attention: str) -> dict[str, str]:
-    """Nothing where transformers is to choose."""
-    return {} if attention == "auto" else {"attn_implementation": attention}
+@contextmanager
+def _kernel(attention: str) -> Iterator[dict[str, Any]]:
+    """The option that asks for it, none where transformers is to choose; UserError if it is not there."""
+    try:
+        yield {} if attention == "auto" else {"attn_implementation": attention}
+    except ImportError as error:
+        first = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"launch.attention={attention} cannot be had here ({first}); install what it needs, or set"
+            " launch.attention=auto."
+        ) from error
 
 
 def context_length(name: str | Path, revision: str | None) -> int | None:
