@@ -66,7 +66,7 @@ def row_of_all(runs: list[Run]) -> str:
     )
     each = [paired_difference(after, before).mean for after, before in zip(*alone, strict=True)]
     cells += [" ".join(f"{gain:+.2f}" for gain in each)]
-    cells += [f"{sum(row['wall'] for row in rows) / len(rows):.0f}"]
+    cells += [f"{min(row['wall'] for row in rows):.0f}"]  # what else a machine does can only add
     cells += [", ".join(f"{run.manifest()['commit'][:7]}" for run in runs[:1])]
     return "| " + " | ".join(map(str, cells)) + " |"
 
