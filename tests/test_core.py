@@ -121,6 +121,11 @@ def test_gae_ends_at_the_last_response_token_whatever_the_padding_holds() -> Non
     close(got, [-1.75, 1, 0, 0])
 
 
+def test_gae_steps_over_what_the_other_side_said_and_says_nothing_of_it() -> None:
+    got = gae(tensor([1, 70, 3]), tensor([4, 50, 2]), tensor([1, 0, 1]), 0.5, 0.5)
+    close(got, [-1.75, 0, 1])
+
+
 def test_the_score_stands_on_the_last_token_and_nowhere_on_an_empty_response() -> None:
     got = at_last_token(tensor([[5, 6], [7, 8]]), MASK)
     close(got, [[[0, 0, 5], [6, 0, 0]], [[0, 7, 0], [0, 0, 0]]])
