@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, Node, OmegaConf, flag_override
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 
-from rlhf_cli import checks, complaints, recipes
+from rlhf_cli import checks, complaints, dotted, recipes
 from rlhf_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -212,14 +211,7 @@ def _built(group: str, values: Any, contract: Sequence[str]) -> Any:
         )
     values = dict(values)
     target = str(values.pop("_target_"))
-    module, _, name = target.rpartition(".")
-    try:
-        cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{group}._target_={target} cannot be imported ({_line(error)}); give the dotted path"
-            " of a class in an installed module or in the working directory."
-        ) from error
+    cls = dotted.named(f"{group}._target_", target, "class")
     if not (isinstance(cls, type) and is_pydantic_dataclass(cls)):
         raise UserError(f"{group}._target_={target} must name a frozen pydantic dataclass.")
     typed = _typed(cls, values, group)

@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 CACHE = os.environ.setdefault("RLHF_CACHE", tempfile.mkdtemp(prefix="rlhf-cache-"))
 
 ROOT = Path(__file__).resolve().parents[1]
+Typed = Callable[..., tuple[int, str, str]]
+"""Words to exit code, stdout and stderr."""
 Rlhf = Callable[..., tuple[int, list[str], str]]
 """Words to exit code, lines of stdout and stderr."""
 
@@ -45,21 +47,32 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
-def rlhf(
+def typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Rlhf:
-    """Run a command line at 80 columns in an empty folder: exit code, lines of stdout, stderr."""
+) -> Typed:
+    """Run a command line in an empty folder: exit code, stdout, stderr."""
     from rlhf_cli.cli import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RLHF_RUNS", raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def run(*words: str) -> tuple[int, list[str], str]:
+    def run(*words: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit:
             main(words)
         out, err = capsys.readouterr()
-        return int(exit.value.code or 0), [line.rstrip() for line in out.splitlines()], err
+        return int(exit.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def rlhf(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> Rlhf:
+    """The same at 80 columns, and stdout line by line."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*words: str) -> tuple[int, list[str], str]:
+        code, out, err = typed(*words)
+        return code, [line.rstrip() for line in out.splitlines()], err
 
     return run

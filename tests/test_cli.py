@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,15 @@ from rlhf_cli.errors import UserError
 from rlhf_cli.plan import Plan
 from rlhf_cli.store.metrics import Ledger
 from rlhf_cli.store.run import Run
+from tests.conftest import Typed
 
-Rlhf = Callable[..., tuple[int, str, str]]
+Rlhf = Typed
 
 
 @pytest.fixture
-def rlhf(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Rlhf:
-    """Run a command line in an empty folder: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RLHF_RUNS", raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def run(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit:
-            main(words)
-        out, err = capsys.readouterr()
-        return int(exit.value.code or 0), out, err
-
-    return run
+def rlhf(typed: Typed) -> Rlhf:
+    """Exit code, stdout and stderr of a command line."""
+    return typed
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ import pytest
 PACKAGE = "rlhf_cli"
 SOURCE = Path(__file__).resolve().parents[1] / PACKAGE
 
-EVERYONE = {"errors", "recipes"}
+EVERYONE = {"dotted", "errors", "recipes"}
 """Rooms any other may import."""
 
 ROOMS: dict[str, str] = {
     "__init__": "",
     "__main__": "cli",
+    "dotted": "",
     "errors": "",
     "recipes": "",
     "hub": "",
@@ -59,6 +60,7 @@ TYPES: dict[str, str] = {"checks": "config", "cost": "config"}
 LIBRARIES: dict[str, str] = {
     "__init__": "",
     "__main__": "",
+    "dotted": "",
     "errors": "",
     "recipes": "pydantic",
     "hub": "huggingface_hub",

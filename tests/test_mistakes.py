@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,30 +9,24 @@ from typing import Any
 import pytest
 
 from rlhf_cli import hub, launch
-from rlhf_cli.cli import main
 from rlhf_cli.config import compose
 from rlhf_cli.errors import StageFailed, UserError
 from rlhf_cli.plan import check_downloads, plan
 from rlhf_cli.store import pretrained
 from rlhf_cli.store.files import check_writable
 from rlhf_cli.store.run import Run
+from tests.conftest import Typed
 
 Rlhf = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def rlhf(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Rlhf:
-    """Run a command line in an empty folder: exit code and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RLHF_RUNS", raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def rlhf(typed: Typed) -> Rlhf:
+    """Exit code and stderr of a command line in an empty folder."""
 
     def run(*words: str) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as exit:
-            main(words)
-        return int(exit.value.code or 0), capsys.readouterr().err
+        code, _, err = typed(*words)
+        return code, err
 
     return run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -51,9 +52,8 @@ class Encoder:
 
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of prompts."""
-        start = [int(self.tokenizer.bos_token_id)] if uses_bos(self.tokenizer) else []
         both = zip(texts, self._ids(texts), strict=True)
-        return [self._fitted(text, ids, start) for text, ids in both]
+        return [self._fitted(text, ids) for text, ids in both]
 
     def response(self, text: str) -> Ids:
         """Ids of a response and the end token."""
@@ -74,11 +74,17 @@ class Encoder:
         ids: list[Ids] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return ids
 
-    def _fitted(self, text: str, ids: Ids, start: Ids) -> Ids:
+    @cached_property
+    def _start(self) -> Ids:
+        """The start token, if there is one: a tokenizer has to be tried to know."""
+        return [int(self.tokenizer.bos_token_id)] if uses_bos(self.tokenizer) else []
+
+    def _fitted(self, text: str, ids: Ids) -> Ids:
         """One shorter version after the other; what none makes fit loses its beginning.
 
         A rendering that opens with the start token itself, as chat templates do, gets no second one.
         """
+        start = self._start
         while True:
             body = ids[len(start) :] if start and ids[:1] == start else ids
             room = self.longest_prompt - len(start)
@@ -91,7 +97,7 @@ class Encoder:
         tokenizer: Any = self.tokenizer
         core = getattr(tokenizer, "backend_tokenizer", None)
         told = core.to_str() if core is not None else repr(sorted(tokenizer.get_vocab().items()))
-        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, uses_bos(tokenizer))
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, bool(self._start))
         how = getattr(self.shorter, "__func__", self.shorter).__qualname__
         rest = (REVISION, ends, self.longest_prompt, self.longest_response, how)
         return f"{told}{rest}".encode()

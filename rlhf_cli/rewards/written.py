@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import TypeAlias
 
+from rlhf_cli.dotted import named
 from rlhf_cli.errors import UserError
 from rlhf_cli.recipes import Classifier, Function, Gold, Http, Learned, Part, Single
 
@@ -103,14 +103,7 @@ def _shape(scores: object) -> str:
 
 
 def _function(source: Function) -> Scorer:
-    module, _, name = source.call.rpartition(".")
-    try:
-        call = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"reward.source.call={source.call} cannot be imported ({str(error).splitlines()[0]}); give"
-            " the dotted path of a function in an installed module or in the working directory."
-        ) from error
+    call = named("reward.source.call", source.call, "function")
     if not callable(call):
         raise UserError(f"reward.source.call={source.call} is no function.")
     whose = f"reward.source.call={source.call}"
