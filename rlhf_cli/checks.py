@@ -37,6 +37,11 @@ def _scores(recipe: Recipe) -> Iterator[str]:
             name, revision = part.source.name, part.source.revision
             fault = pretrained.fault("reward.source.name", name, revision)
             yield from [fault] if fault else []
+    if recipe.reward.relative and recipe.data.pays:
+        yield (
+            f"reward.relative=true, but the task of data={recipe.data.title} pays by itself and scores no"
+            " answer; set reward.relative=false."
+        )
     if kind == "gold" and not recipe.data.has_gold:
         yield (
             f"reward.source.kind=gold, but data={recipe.data.title} has no gold reward; use"

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from rlhf_cli import config
 from rlhf_cli.config import Recipe
-from rlhf_cli.data.corpus import Corpus
+from rlhf_cli.data.corpus import Corpus, Split
 from rlhf_cli.errors import StageFailed, UserError
 from rlhf_cli.plan import Plan, Step
 from rlhf_cli.store.files import check_writable
@@ -61,12 +61,23 @@ def _check_rows(plan: Plan, corpus: Corpus) -> None:
         splits = {"training": corpus.train, "held-out": corpus.heldout}
         if step.stage == "rl":  # evaluations ask the held-out prompts, which every split has
             splits.pop("held-out")
+            if step.recipe.reward.relative:
+                _check_answers(corpus.title, corpus.train)
         for name, split in splits.items():
             for kind in sorted(kind for kind in wanted if not getattr(split, kind)):
                 raise UserError(
                     f"data={corpus.title} has no {name} {KINDS[kind]}, which the stage {step.role} of"
                     " this chain reads; give data that have some, or stop before it with stage=sft."
                 )
+
+
+def _check_answers(title: str, split: Split) -> None:
+    """UserError if scores are to be relative to answers that the data lack."""
+    if missing := len(set(split.prompts) - split.answers().keys()):
+        raise UserError(
+            f"reward.relative=true, but data={title} has no answer to {missing} of its"
+            f" {len(split.prompts)} training prompts; leave those out, or set reward.relative=false."
+        )
 
 
 def _say_waiting(run: Run) -> None:

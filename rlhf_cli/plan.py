@@ -41,6 +41,10 @@ DOING = {"missing": "build", "interrupted": "resume", "failed": "resume", "runni
 """What is going to be done about a run in each status; one that is done stays as it is."""
 
 
+SCORING = ("source", "missing", "relative", "unended", "unended_adds")
+"""Fields of a reward that say how an RL stage reads it; the others make the chain's own model."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One stage of a chain."""
@@ -125,7 +129,7 @@ def plan(node: DictConfig) -> Plan:
             "reward",
             f"{title}-{made.reward.model.label}-s{made.reward.seed}",
             reward={
-                **{k: v for k, v in asdict(made.reward).items() if k not in ("source", "missing")},
+                **{k: v for k, v in asdict(made.reward).items() if k not in SCORING},
                 "model": _identity(made.reward.model),
             },
         )
@@ -148,12 +152,11 @@ def plan(node: DictConfig) -> Plan:
 
 
 def _scoring(made: Recipe) -> dict[str, Any]:
-    """What of the scores of an RL stage is not in its reward model's key."""
-    reward = made.reward
-    if made.data.pays or reward.source.kind == "learned":
+    """How an RL stage scores, unless its task pays."""
+    if made.data.pays:
         return {}
-    rules = {"missing": reward.missing, "unended": reward.unended, "adds": reward.unended_adds}
-    return {"scoring": {**_by_contents(asdict(reward.source)), **rules}}
+    read = {name: value for name, value in asdict(made.reward).items() if name in SCORING}
+    return {"scoring": {**read, "source": _by_contents(read["source"])}}
 
 
 def _guide(node: DictConfig) -> DictConfig:

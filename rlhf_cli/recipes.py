@@ -250,8 +250,15 @@ class Reward:
     epochs: Positive
     batch: Count
     """Preference pairs per optimiser step, over all processes."""
+    normalise: Literal["samples", "references", "none"]
+    """Zero and unit of the trained model's scores. samples: mean 0 and standard deviation 1 over responses
+    of the SFT policy (Ziegler et al. 2019, arXiv:1909.08593); references: mean 0 over demonstrations, the
+    unit left as it is (Huang et al. 2024, arXiv:2403.17031); none: neither."""
     calibration: Annotated[int, Field(ge=2)]
-    """SFT responses on training prompts whose scores are moved to mean 0 and standard deviation 1."""
+    """How many training prompts, or demonstrations, that is measured on."""
+    relative: bool
+    """Whether what is learned from is how far a response scores above the dataset's own answer to its
+    prompt. Evaluations tell the score itself, so that runs of either kind can be compared."""
     unended: float | None
     """Score of a response that was cut before it ended, in place of the model's own, which never saw
     one (Huang et al. 2024, "EOS trick"); null keeps the model's."""

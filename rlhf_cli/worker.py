@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_cli.config import Recipe, read, recipe
-from rlhf_cli.data.corpus import Corpus, Dataset
+from rlhf_cli.data.corpus import Corpus, Dataset, digest
 from rlhf_cli.engine.world import start
 from rlhf_cli.errors import UserError
 from rlhf_cli.stages.context import Context
@@ -43,9 +43,7 @@ def work(path: Path) -> None:
     with Progress(title, world.is_main) as progress:
         corpus = corpus_of(cast(Hashable, typed.data))
         if world.is_main:
-            drops = {cause: len(where) for cause, where in corpus.drops.items()}
-            run.update(data={"digest": corpus.digest, "drops": drops})
-            _list_drops(run, corpus)
+            _note_data(run, typed, corpus)
         mirror = _mirror(run, typed, corpus) if world.is_main else Mirror()
         manifest = run.manifest()
         ctx = Context(
@@ -71,6 +69,31 @@ def work(path: Path) -> None:
 def corpus_of(data: Hashable) -> Corpus:
     """The rows, loaded once per process: stages that run one after another share them."""
     return cast(Dataset, data).load()
+
+
+def _note_data(run: Run, typed: Recipe, corpus: Corpus) -> None:
+    """Puts down what the run reads. Raises UserError if it is not what came before it read."""
+    before = [
+        run,
+        *(Run(run.path.parents[1] / at) for at in run.manifest()["parent_runs"].values()),
+    ]
+    for other in before:
+        known = other.manifest().get("data", {}).get("digest", corpus.digest)
+        if known != corpus.digest:
+            raise UserError(
+                f"data={corpus.title} is read otherwise than when {other.path} was made (rows {known[:10]}"
+                f" then, {corpus.digest[:10]} now), as a newer rlhf-cli may do; go back to the one that"
+                f" made it, or set it aside to have it made again."
+            )
+    pinned = corpus.pinned(typed.eval.prompts)
+    run.update(
+        data={
+            "digest": corpus.digest,
+            "evaluation": {"prompts": len(pinned), "digest": digest(pinned)},
+            "drops": {cause: len(where) for cause, where in corpus.drops.items()},
+        }
+    )
+    _list_drops(run, corpus)
 
 
 def _list_drops(run: Run, corpus: Corpus) -> None:

@@ -338,7 +338,10 @@ def test_another_reward_is_another_run_and_the_same_is_the_same() -> None:
     known = keys()
     assert keys("reward=gold")["rl"] != known["rl"] and keys("reward=gold")["sft"] == known["sft"]
     assert keys("reward=learned") == known
-    assert keys("reward.missing=leave") == known  # a learned score is never missing
+    for rule in ("missing=leave", "unended=-2", "unended_adds=true", "relative=true"):
+        other = keys(f"reward.{rule}")
+        assert other["rl"] != known["rl"] and other["reward"] == known["reward"]
+    assert keys("reward.normalise=none")["reward"] != known["reward"]
     one, other = (keys("reward=function", f"reward.source.call=a.{x}")["rl"] for x in "bc")
     assert one != other
 

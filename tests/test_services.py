@@ -333,3 +333,36 @@ def test_a_q_network_starts_at_0_and_its_copy_follows_slowly(
     follower = actor.q_target.get_output_embeddings().weight  # type: ignore[union-attr]
     torch.testing.assert_close(follower, torch.full_like(follower, 0.5))
     assert not follower.requires_grad
+
+
+# --- scores relative to the data's own answers
+
+
+def test_a_relative_score_is_what_a_response_scores_above_the_datas_answer(
+    collector: Collector, policy: Any
+) -> None:
+    answers = [[7, 8, 9, 1], [6, 1], [5, 5, 1], [11, 12, 13, 14, 1]]
+    against = [replace(each, answer=answer) for each, answer in zip(ASKED, answers, strict=True)]
+    plain = collect(collector, policy, ASKED, policy=3).score
+    relative = collect(collector, policy, against, policy=3).score
+    reward = collector.judges.reward
+    assert plain is not None and relative is not None and reward is not None
+    for row, (each, answer) in enumerate(zip(ASKED, answers, strict=True)):
+        text = torch.tensor([[*each.prompt, *answer]])
+        own = reward(text, torch.ones_like(text).bool()).item()
+        assert (plain[row] - relative[row]).tolist() == pytest.approx([own] * 3, abs=1e-5)
+
+
+def test_the_feed_gives_each_prompt_its_first_demonstration_or_else_its_preferred_response(
+    tokenizer: Any,
+) -> None:
+    demos = (Demo("the cat", " sat"), Demo("the cat", " on the mat"))
+    pairs = (Pair("the cat", " lay", " by"), Pair("the dog", " lay by", " sat"))
+    split = Split(demos, pairs, ("the cat", "the dog"))
+    corpus = Corpus("two", split, split, {}, None)
+    encoder = Encoder(tokenizer, 20, LONGEST, lambda prompt: None)
+    asked = Feed(corpus, encoder, Sampling(policy=2), 1, relative=True).batch(2, 0)
+    expected = {"the cat": encoder.response(" sat"), "the dog": encoder.response(" lay by")}
+    assert {each.text: each.answer for each in asked} == expected
+    plain = Feed(corpus, encoder, Sampling(policy=2), 1).batch(2, 0)
+    assert [each.answer for each in plain] == [None, None]

@@ -121,3 +121,8 @@ class Forward:
 def sequence_sum(per_token: Tensor, mask: Tensor) -> Tensor:
     """[P,G,T] -> [P,G]: sum over response tokens, in the precision of the mask (fp32 or better)."""
     return per_token.to(mask.dtype).mul(mask).sum(-1)
+
+
+def ended(tokens: Tensor, mask: Tensor, end: int) -> Tensor:
+    """[...] whether the last T columns of tokens [...,L], where mask [...,T] is 1, hold the end token."""
+    return ((tokens[..., -mask.shape[-1] :] == end) & mask.bool()).any(-1)

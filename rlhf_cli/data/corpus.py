@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
 
 from rlhf_cli.errors import UserError
 
@@ -82,6 +82,12 @@ class Split:
     pairs: tuple[Pair, ...]
     prompts: tuple[str, ...]
 
+    def answers(self) -> dict[str, str]:
+        """The data's own answer to a prompt: its first demonstration, else its first preferred response."""
+        rows = [(demo.prompt, demo.response) for demo in self.demos]
+        rows += [(pair.prompt, pair.chosen) for pair in self.pairs]
+        return dict(reversed(rows))
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -100,7 +106,11 @@ class Corpus:
     """SHA-256 over every row of both splits, order included."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", _digest(self.train, self.heldout))
+        object.__setattr__(self, "digest", digest(_rows(self.train), _rows(self.heldout)))
+
+    def pinned(self, count: int) -> tuple[str, ...]:
+        """The prompts of every evaluation: the first of the held-out split, fewer only if it has fewer."""
+        return self.heldout.prompts[:count]
 
     def splits(self) -> dict[str, Split]:
         """Both, by what they are called to people."""
@@ -256,13 +266,17 @@ def _left_out(corpus: Corpus) -> str:
     return f"rows left out: {count}, above all for '{cause}' as at {rows[0]}"
 
 
-def _digest(*splits: Split) -> str:
+def _rows(split: Split) -> list[Any]:
+    return [
+        [[d.prompt, d.response] for d in split.demos],
+        [[p.prompt, p.chosen, p.rejected] for p in split.pairs],
+        list(split.prompts),
+    ]
+
+
+def digest(*parts: Sequence[Any]) -> str:
+    """SHA-256 of them, order included."""
     sha = hashlib.sha256()
-    for split in splits:
-        rows = [
-            [[d.prompt, d.response] for d in split.demos],
-            [[p.prompt, p.chosen, p.rejected] for p in split.pairs],
-            list(split.prompts),
-        ]
-        sha.update(json.dumps(rows).encode())
+    for part in parts:
+        sha.update(json.dumps(part).encode())
     return sha.hexdigest()

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.core.algorithm import Sampling
-from rlhf_cli.core.rollout import Rollout, Source
+from rlhf_cli.core.rollout import Rollout, Source, ended
 from rlhf_cli.engine.dialogue import Line, Partner, converse
 from rlhf_cli.engine.forward import Rows, per_row, per_token
 from rlhf_cli.engine.sampler import Expert, draw, left_pad, uniforms
@@ -48,6 +48,8 @@ class Asked:
     """One per source that is not drawn, in the order of `Sampling.sources`."""
     text: str = ""
     """The prompt as text, for whoever replies to it or judges texts."""
+    answer: Sequence[int] | None = None
+    """Another response, whose score is subtracted from those of all others; None subtracts nothing."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Collector:
         if paid:
             said |= {"reward": paid[0], "score": paid[0].sum(-1)}
         elif (score := self._score(actor, asked[mine], tokens, attention, mask)) is not None:
-            said["score"] = score
+            said["score"] = score - self._start(actor, asked[mine], width, group)
         said["coin"] = uniform[:, -2].to(self.world.device)
         if "score" in said and self.drawing.noise > 0:
             normal = torch.special.ndtri(uniform[:, -1].clamp(1e-6, 1 - 1e-6).double()).float()
@@ -276,6 +278,18 @@ class Collector:
             score = torch.where(self._ended(tokens, mask), score, cut)
         return score
 
+    def _start(self, actor: Actor, asked: Sequence[Asked], width: int, group: int) -> Tensor:
+        """[n] what the scores of this process's rows are counted from."""
+        answers = [each.answer for each in asked if each.answer is not None]
+        zero = torch.zeros(len(asked) * group, device=self.world.device)
+        if not answers:
+            return zero
+        pad = int(self.tokenizer.pad_token_id)
+        laid = self._laid_out([each.prompt for each in asked], answers, width, pad)
+        score = self._score(actor, asked, *(t.to(self.world.device) for t in laid))
+        assert score is not None
+        return zero + score.repeat_interleave(group)
+
     def _scored(self, rollout: Rollout) -> Rollout:
         """The rollout by the rule for scores that are missing. Raises UserError if that says stop."""
         if rollout.score is None or self.missing == "keep":
@@ -325,5 +339,4 @@ class Collector:
         return self._ended(rollout.tokens, rollout.mask).float()
 
     def _ended(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        ids = tokens[..., -mask.shape[-1] :]
-        return ((ids == self.tokenizer.eos_token_id) & mask.bool()).any(-1)
+        return ended(tokens, mask, int(self.tokenizer.eos_token_id))

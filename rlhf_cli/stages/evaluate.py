@@ -50,9 +50,8 @@ class Evaluator:
 
     @property
     def prompts(self) -> Sequence[str]:
-        """The pinned prompts: the first of the held-out split, fewer only if it has fewer."""
-        heldout = self.ctx.corpus.heldout.prompts
-        return heldout[: min(self.ctx.recipe.eval.prompts, len(heldout))]
+        """Those that every run on the data is measured on."""
+        return self.ctx.corpus.pinned(self.ctx.recipe.eval.prompts)
 
     def measure(self, actor: Actor) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The `eval/` metrics of a policy, and one row per prompt with the response behind them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.data.corpus import Corpus, Demo, Pair, Split
@@ -21,6 +22,8 @@ class Feed:
     encoder: Encoder
     sampling: Sampling
     seed: int
+    relative: bool = False
+    """Whether scores are to be relative to the dataset's own answers, as `recipes.Reward.relative`."""
 
     def batch(self, size: int, index: int) -> list[Asked]:
         """Batch `index` of `size` prompts. Raises UserError if the dataset has no such rows."""
@@ -47,4 +50,10 @@ class Feed:
             texts += [other.chosen] * self.sampling.mismatch
         if isinstance(row, Demo):
             texts.append(row.response)
-        return Asked(self.encoder.prompt(prompt), tuple(self.encoder.responses(texts)), prompt)
+        answer = self.encoder.response(self._answers[prompt]) if self.relative else None
+        given = tuple(self.encoder.responses(texts))
+        return Asked(self.encoder.prompt(prompt), given, prompt, answer)
+
+    @cached_property
+    def _answers(self) -> dict[str, str]:
+        return self.corpus.train.answers()

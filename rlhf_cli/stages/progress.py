@@ -79,3 +79,8 @@ class Progress:
                 f"{self.title}  {step}/{self.total}  {note}  about {left:.0f} s left",
                 soft_wrap=True,
             )
+
+    def warn(self, sentence: str) -> None:
+        """Says something that must not be missed, above the bar."""
+        if self.enabled:
+            self.console.print(f"{self.title}  warning: {sentence}", soft_wrap=True)

@@ -3,9 +3,9 @@
     L = - mean log sigma( r(x, y_w) - r(x, y_l) )
 
 A scalar head on the trunk of the SFT policy (or of `reward.model` if that is another model), read at the
-last token of the response. Afterwards its scores are moved and scaled so that responses of the SFT
-policy have mean 0 and standard deviation 1 (Ziegler et al. 2019): 0 is the SFT level, and a beta means
-the same on every dataset.
+last token of the response. Afterwards, unless `reward.normalise` says otherwise, its scores are moved and
+scaled so that responses of the SFT policy have mean 0 and standard deviation 1 (Ziegler et al. 2019): 0 is
+the SFT level, and a beta means the same on every dataset.
 
 What it is worth on the held-out pairs is told in `report.json` and drawn in `report.png` and
 `report.pdf`.
@@ -14,21 +14,20 @@ What it is worth on the held-out pairs is told in `report.json` and drawn in `re
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.data.tokens import Encoded, Encoder
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, per_row
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import shuffled
-from rlhf_cli.engine.rollout import Asked, Collector, Judges
+from rlhf_cli.engine.rollout import Judges
 from rlhf_cli.evals.reward_report import Report, Scored, report
 from rlhf_cli.evals.statistics import proportion_interval
 from rlhf_cli.figures import reward as figure
@@ -38,8 +37,10 @@ from rlhf_cli.models.tokenizer import load_tokenizer
 from rlhf_cli.models.tuning import tuned
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context
-from rlhf_cli.stages.supervised import Batch, fit, require, right_padded
+from rlhf_cli.stages.supervised import Batch, fit, require, responses, right_padded
 from rlhf_cli.store.files import atomic_write
+
+T = TypeVar("T")
 
 SCORED_ALONE = 64
 """Answers that are scored a second time, each without others: enough to see whether batches matter."""
@@ -134,20 +135,23 @@ def _report(
 
 
 def _calibration(ctx: Context, scorer: Scorer, tokenizer) -> tuple[float, float]:  # type: ignore[no-untyped-def]
-    """Mean and standard deviation of the raw scores of SFT responses to training prompts."""
-    data, recipe = ctx.recipe.data, ctx.recipe.reward
+    """What raw scores lose and are then divided by, as `reward.normalise` has it."""
+    recipe = ctx.recipe.reward
+    if recipe.normalise == "none":
+        return 0.0, 1.0
+    if recipe.normalise == "references":
+        demos = _some(ctx.corpus.train.demos, recipe.calibration, recipe.seed)
+        encoder, pad = Encoder.of(tokenizer, ctx.recipe.data), int(tokenizer.pad_token_id)
+        sides = [(encoder.prompt(demo.prompt), encoder.response(demo.response)) for demo in demos]
+        return float(_scores(ctx, scorer, sides, pad).mean()), 1.0
     policy = load_policy(ctx.final("sft"), ctx.recipe.model.precision, tokenizer)
-    collector = Collector(
-        ctx.world, tokenizer, Judges(None, scorer), ctx.recipe.launch.micro_batch,
-        data.max_response_tokens, recipe.seed,
-    )  # fmt: skip
-    prompts = ctx.corpus.train.prompts
-    count = min(recipe.calibration, len(prompts)) // ctx.world.size * ctx.world.size
-    chosen = shuffled(len(prompts), recipe.seed)[:count]
-    asked = [
-        Asked(ids) for ids in Encoder.of(tokenizer, data).prompts([prompts[i] for i in chosen])
-    ]
-    actor = Actor(policy.to(ctx.world.device))
-    rollout, _ = collector.collect(actor, asked, Sampling(policy=1), "calibration", 0)
+    chosen = _some(ctx.corpus.train.prompts, recipe.calibration, recipe.seed)
+    judges, actor = Judges(None, scorer), Actor(policy.to(ctx.world.device))
+    rollout = responses(ctx, actor, tokenizer, chosen, judges, recipe.seed, "calibration")
     assert rollout.score is not None
     return float(rollout.score.mean()), max(float(rollout.score.std()), 1e-6)
+
+
+def _some(rows: Sequence[T], count: int, seed: int) -> list[T]:
+    """So many of them, at random."""
+    return [rows[i] for i in shuffled(len(rows), seed)[:count]]

@@ -52,9 +52,10 @@ def main(ctx: Context) -> None:
     if Model.REWARD not in algo.needs:
         collector = unscored
     beside = replace(unscored, learned_reward=False)
+    encoder = Encoder.of(collector.tokenizer, ctx.recipe.data)
     main_feed, side_feed = (
-        Feed(ctx.corpus, Encoder.of(collector.tokenizer, ctx.recipe.data), s, ctx.recipe.seed)
-        for s in (sampling, side)
+        Feed(ctx.corpus, encoder, stream, ctx.recipe.seed, relative)
+        for stream, relative in ((sampling, ctx.recipe.reward.relative), (side, False))
     )
     replay = Replay(algo.replayed(), ctx.recipe.seed)
     points = min(ctx.recipe.eval.points, rollouts)

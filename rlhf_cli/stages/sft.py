@@ -8,12 +8,17 @@ over response tokens, and over prompt tokens too where `sft.loss_on_prompt` says
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.core.masked import denominators
+from rlhf_cli.core.rollout import ended
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, per_token
 from rlhf_cli.engine.learner import Judged, Learner
+from rlhf_cli.engine.rollout import Judges
 from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor
 from rlhf_cli.models.load import context_length, new_policy
@@ -21,7 +26,7 @@ from rlhf_cli.models.tokenizer import tokenizer_of
 from rlhf_cli.models.tuning import tuned
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context
-from rlhf_cli.stages.supervised import Batch, fit, require, right_padded
+from rlhf_cli.stages.supervised import Batch, fit, require, responses, right_padded
 
 
 def main(ctx: Context) -> None:
@@ -63,7 +68,8 @@ def main(ctx: Context) -> None:
                 lambda part: actor(part.tokens, part.attention, part.length)["logp"],
                 tokens, attention, mask, ctx.recipe.launch.micro_batch,
             )  # fmt: skip
-        return {"eval/loss": float(-logp.sum() / mask.sum())}
+            ending = _ending(ctx, cast(Actor, actor), tokenizer) if last else {}
+        return {"eval/loss": float(-logp.sum() / mask.sum()), **ending}
 
     fit(
         ctx, learner, len(rows), recipe.batch, recipe.seed, collate, judge,
@@ -73,6 +79,23 @@ def main(ctx: Context) -> None:
         if ctx.world.is_main:
             card = model_card(ctx)
             checkpoint.save_final(ctx.run.final, actor.policy, tokenizer, card)
+
+
+def _ending(ctx: Context, actor: Actor, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Whether the policy has learned to stop; says so if it has not, for nothing later would teach it."""
+    prompts, recipe = ctx.corpus.pinned(ctx.recipe.eval.prompts), ctx.recipe
+    rollout = responses(
+        ctx, actor, tokenizer, prompts, Judges(None, None), recipe.eval.seed, "eval"
+    )
+    end = int(tokenizer.eos_token_id)
+    share = float(ended(rollout.tokens, rollout.mask, end).float().mean())
+    if share == 0:
+        ctx.progress.warn(
+            f"none of {rollout.mask.shape[0]} responses of the SFT policy ended within"
+            f" data.max_response_tokens={recipe.data.max_response_tokens}: it may not have learned to stop;"
+            " raise sft.epochs, or data.max_response_tokens."
+        )
+    return {"eval/eos_rate": share, "eval/length": float(rollout.mask.sum(-1).mean())}
 
 
 def _check_context(ctx: Context) -> None:

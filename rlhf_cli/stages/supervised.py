@@ -8,11 +8,17 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from rlhf_cli.core.algorithm import Sampling
+from rlhf_cli.core.rollout import Rollout
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine.forward import in_parts
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import batch_at
+from rlhf_cli.engine.rollout import Asked, Collector, Judges
 from rlhf_cli.errors import UserError
+from rlhf_cli.models.heads import Actor
 from rlhf_cli.stages.context import Context, check_finite
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -77,6 +83,24 @@ def fit(
             row |= evaluate(step + 1 == learner.steps)
             ctx.save(learner, {})
         ctx.report(step + 1, row, f"loss {metrics['loss']:.3f}")
+
+
+def responses(
+    ctx: Context,
+    actor: Actor,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    judges: Judges,
+    seed: int,
+    stream: str,
+) -> Rollout:
+    """A response to each prompt, but for the last few that cannot be dealt out evenly to processes."""
+    data, size = ctx.recipe.data, ctx.world.size
+    micro_batch, longest = ctx.recipe.launch.micro_batch, data.max_response_tokens
+    collector = Collector(ctx.world, tokenizer, judges, micro_batch, longest, seed)
+    even = prompts[: len(prompts) // size * size]
+    asked = [Asked(ids) for ids in Encoder.of(tokenizer, data).prompts(even)]
+    return collector.collect(actor, asked, Sampling(policy=1), stream, 0)[0]
 
 
 def require(rows: Sequence[object], what: str, batch: int, title: str) -> None:

@@ -124,6 +124,7 @@ class Run:
         self._write(
             {
                 **manifest,
+                "data": before.get("data", {}),
                 "segment": segment,
                 "started": before.get("started", _now()),
                 "finished": None,
