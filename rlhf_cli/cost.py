@@ -176,8 +176,19 @@ def of_stage(stage: str, made: Recipe, scored: bool) -> Cost | None:
     """
     if shape(made.model, "model").parameters < SMALL:
         return None
-    desk = Desk(made)
+    desk = Desk.longest(made)
     return {"sft": desk.sft, "reward": desk.reward}.get(stage, lambda: desk.rl(scored))()
+
+
+def rollout_flop(made: Recipe, scored: bool, prompt: float, reply: float) -> float:
+    """FLOP of drawing, scoring and learning from one rollout, its texts of these mean lengths in tokens.
+
+    scored: as in `of_stage`. Raises `shapes.Unknown`.
+    """
+    desk = Desk(made, prompt, reply)
+    nets = desk.cast(scored)
+    draws = [draw for _, draw in desk.draws(nets, 1, 0)]
+    return sum(work.flop for work in [*draws, *desk.passes(nets, 1, 0)])
 
 
 @dataclass(frozen=True)
@@ -185,16 +196,20 @@ class Desk:
     """One recipe, and what its stages take."""
 
     made: Recipe
+    prompt: float
+    """Tokens of a prompt."""
+    reply: float
+    """Tokens of a response."""
+
+    @classmethod
+    def longest(cls, made: Recipe) -> Desk:
+        """With texts as long as the data allow."""
+        return cls(made, made.data.max_prompt_tokens, made.data.max_response_tokens)
 
     @property
-    def length(self) -> int:
+    def length(self) -> float:
         """Tokens of a prompt and its response."""
-        return self.made.data.max_prompt_tokens + self.made.data.max_response_tokens
-
-    @property
-    def reply(self) -> int:
-        """Tokens of a response."""
-        return self.made.data.max_response_tokens
+        return self.prompt + self.reply
 
     def sft(self) -> Cost:
         """Demonstrations through the policy; logits at every token of them."""
@@ -246,45 +261,68 @@ class Desk:
         nets = self.cast(scored)
         frozen = [net for name, net in nets.items() if name in FROZEN]
         actors = [net for name, net in nets.items() if name not in FROZEN]
-        learners = [net for net in actors if net.learned]
-        sources, side = algo.sampling().sources, algo.side().responses
-        group, rollouts = len(sources), update.episodes // update.batch
-        prompts = update.batch // group
-        given = rollouts * (update.batch + side * prompts)
+        sources = algo.sampling().sources
+        group, prompts = len(sources), update.batch // len(sources)
+        rollouts = update.episodes // update.batch
         evaluations = 1 + min(made.eval.points, rollouts)
-
-        draws, drawn = [], 0
-        policy, ref = nets["policy"], nets["reference"]
-        laws = {"policy": [policy], "greedy": [policy], "ref": [ref], "mixture": [policy, ref]}
-        for source, experts in laws.items():
-            if each := list(sources).count(source):  # type: ignore[arg-type]
-                draws.append(self.draw(experts, prompts * each, prompts, rollouts))
-                drawn += rollouts * prompts * each
-        draws.append(self.draw([policy], made.eval.prompts, made.eval.prompts, evaluations))
+        drawn = rollouts * prompts * sum(sources.count(law) for law in self.laws(nets))
         drawn += evaluations * made.eval.prompts
+        draws = self.draws(nets, rollouts, evaluations)
 
         shared = made.model.tuning.lora is not None and made.launch.zero < 3
         most = max(1, made.launch.micro_batch // group) * group
         share = max(group, update.batch // update.minibatches // made.launch.processes)
         logits = 1 + algo.wants_entropy() + ("Q" in nets)
-        asked = self.asked(nets, given, rollouts * update.batch, evaluations * made.eval.prompts)
+        learners = [net for net in actors if net.learned]
         return Cost(
             held=(
                 *self.trained(actors),
-                *(held(net) for net in frozen if not (net is ref and shared)),
+                *(held(net) for net in frozen if not (net is nets["reference"] and shared)),
             ),
             moments={
                 **self.moments(learners, min(most, share), self.reply * logits),
                 "drawing": max(cache for cache, _ in draws),
             },
-            works=(
-                *(draw for _, draw in draws),
-                *(self.read(nets[name], rows, self.reply) for name, rows in asked.items()),
-                *(self.learn(net, given * update.epochs, self.reply) for net in learners),
-            ),
-            learned=given * update.epochs * self.length,
+            works=(*(draw for _, draw in draws), *self.passes(nets, rollouts, evaluations)),
+            learned=self.given(rollouts) * update.epochs * self.length,
             drawn=drawn * self.reply,
         )
+
+    def laws(self, nets: Mapping[str, Net]) -> dict[str, list[Net]]:
+        """What each source that is drawn is drawn from."""
+        policy, ref = nets["policy"], nets["reference"]
+        return {"policy": [policy], "greedy": [policy], "ref": [ref], "mixture": [policy, ref]}
+
+    def given(self, rollouts: int) -> int:
+        """Rows that so many rollouts are learned from once, those read beside them included."""
+        algo = self.made.algo
+        batch, group = algo.update.batch, algo.sampling().responses
+        return rollouts * (batch + algo.side().responses * (batch // group))
+
+    def draws(
+        self, nets: Mapping[str, Net], rollouts: int, evaluations: int
+    ) -> list[tuple[float, Work]]:
+        """Responses of all rollouts and evaluations, as `draw`."""
+        made, sources = self.made, list(self.made.algo.sampling().sources)
+        prompts = made.algo.update.batch // len(sources)
+        found = [
+            self.draw(experts, prompts * each, prompts, rollouts)
+            for law, experts in self.laws(nets).items()
+            if (each := sources.count(law))  # type: ignore[arg-type]
+        ]
+        count = made.eval.prompts
+        return [*found, self.draw([nets["policy"]], count, count, evaluations)]
+
+    def passes(self, nets: Mapping[str, Net], rollouts: int, evaluations: int) -> list[Work]:
+        """What is read and what is learned from."""
+        made, update = self.made, self.made.algo.update
+        given = self.given(rollouts)
+        asked = self.asked(nets, given, rollouts * update.batch, evaluations * made.eval.prompts)
+        learners = [net for name, net in nets.items() if name not in FROZEN and net.learned]
+        return [
+            *(self.read(nets[name], rows, self.reply) for name, rows in asked.items()),
+            *(self.learn(net, given * update.epochs, self.reply) for net in learners),
+        ]
 
     def asked(
         self, nets: Mapping[str, Net], given: float, scored: float, evaluated: float
@@ -360,7 +398,7 @@ class Desk:
             found.append(Held(net.name, weights, gradients + states))
         return tuple(found)
 
-    def moments(self, nets: Sequence[Net], rows: int, out: int) -> dict[str, float]:
+    def moments(self, nets: Sequence[Net], rows: int, out: float) -> dict[str, float]:
         """Bytes that a micro-batch of so many rows keeps for its backward pass, and those of a step."""
         launch, number = self.made.launch, BYTES[nets[0].precision]
         tokens = rows * self.length
@@ -381,11 +419,11 @@ class Desk:
             "stepping": sum(net.learned for net in nets) * (SCRATCH + master) / shards,
         }
 
-    def read(self, net: Net, rows: float, out: int) -> Work:
+    def read(self, net: Net, rows: float, out: float) -> Work:
         """A pass over given rows."""
         return work("scoring", net, net.forward(rows, self.length, out))
 
-    def learn(self, net: Net, rows: float, out: int) -> Work:
+    def learn(self, net: Net, rows: float, out: float) -> Work:
         """A pass over given rows, its gradients, and the pass that checkpointing repeats."""
         forward = net.forward(rows, self.length, out)
         again = self.made.launch.checkpointing * net.depth
@@ -398,7 +436,7 @@ class Desk:
 
         experts: the models whose product is drawn from, one step after the other.
         """
-        n, prompt = self.made.launch.processes, self.made.data.max_prompt_tokens
+        n, prompt = self.made.launch.processes, self.prompt
         flop = seconds = cache = 0.0
         mine, middle = rows / n, prompt + self.reply / 2
         for net in experts:

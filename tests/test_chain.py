@@ -1,4 +1,4 @@
-"""The real command from words to a figure, on miniature sizes; on real rows where they are there."""
+"""The real command from words to a figure, on miniature sizes."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(algo, tmp_path, mo
     assert run.manifest()["outputs"][weights] == twin.manifest()["outputs"][weights]
     ours, theirs = read(run.metrics_path), read(twin.metrics_path)
     assert [row["step"] for row in ours] == [0, 2, 4, 6, 8]
-    timed = ("perf/", "wall", "segment")
+    timed = ("perf/", "wall", "segment", "budget/seconds")
     for one, other in zip(ours, theirs, strict=True):
         assert {k: v for k, v in one.items() if not k.startswith(timed)} == {
             k: v for k, v in other.items() if not k.startswith(timed)
@@ -192,26 +192,3 @@ def test_two_launched_processes_learn_what_one_learns(tmp_path):
     theirs = [row["train/loss"] for row in read(two / "metrics.jsonl")]
     assert len(ours) == 8
     assert theirs == pytest.approx(ours, rel=1e-5)  # fp32 sums in another order
-
-
-def test_the_chain_runs_on_real_rows_with_a_real_checkpoint(tmp_path, shared_data):
-    """One algorithm for each thing the engine does, on genuine pairs and a genuine checkpoint."""
-    algos = ["p3o_v2", "ppo_max", "dpo", "kto", "xpo", "remax", "nash_md", "aihf", "etpo"]
-    words = [
-        "train", "-m", f"algo={','.join(algos)}", "data=hh",
-        "data.source=path", f"data.path={shared_data}/hh-rlhf", "model=custom",
-        "model.regime=nano", f"model.name={shared_data}/models/stories260K-hf",
-        "data.max_prompt_tokens=96", "data.max_response_tokens=24", "eval.prompts=12",
-        "eval.points=1", "sft.epochs=0.02", "reward.epochs=0.02", "reward.calibration=16",
-        "algo.update.episodes=48", "algo.update.batch=24", "algo.update.minibatches=2", "track=off",
-    ]  # fmt: skip
-    done = rlhf(tmp_path, *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    paths = list((tmp_path / "runs" / "rl").iterdir())
-    assert len(paths) == len(algos)
-    for path in paths:
-        assert Run(path).status() == "done"
-        assert "gold" not in (path / "metrics.jsonl").read_text()
-        assert {"eval/kl", "eval/reward"} <= read(path / "metrics.jsonl")[-1].keys()
-    drops = Run(next((tmp_path / "runs" / "sft").iterdir())).manifest()["data"]["drops"]
-    assert sum(drops.values()) >= 15

@@ -141,6 +141,11 @@ class Dataset(Protocol):
         ...
 
     @property
+    def has_references(self) -> bool:
+        """Whether a response may be held against the data's own answer word by word, as a summary may."""
+        ...
+
+    @property
     def max_prompt_tokens(self) -> int:
         """Longest prompt in tokens."""
         ...
@@ -172,11 +177,12 @@ class Dataset(Protocol):
 
 
 class DatasetDefaults:
-    """What is so of most datasets: nobody pays, nobody knows the truth, the rows are here, and a long
-    prompt loses its beginning.
+    """What is so of most datasets: nobody pays, nobody knows the truth, no answer is the only one, the rows
+    are here, and a long prompt loses its beginning.
     """
 
     pays: ClassVar[bool] = False
+    has_references: ClassVar[bool] = False
 
     @property
     def has_gold(self) -> bool:

@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -46,6 +46,8 @@ HELD_OUT = 10
 @dataclass(frozen=True, config=STRICT)
 class TLDR(DatasetDefaults):
     """Posts, summaries of them, and pairs of summaries, one preferred."""
+
+    has_references: ClassVar[bool] = True
 
     name: str
     """The word for the data in run names."""

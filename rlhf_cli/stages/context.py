@@ -23,7 +23,7 @@ from rlhf_cli.engine.world import World
 from rlhf_cli.errors import UserError
 from rlhf_cli.stages.progress import Progress
 from rlhf_cli.store.files import atomic_write
-from rlhf_cli.store.metrics import Ledger
+from rlhf_cli.store.metrics import Ledger, read
 from rlhf_cli.store.run import Run
 from rlhf_cli.track import Mirror
 
@@ -78,6 +78,10 @@ class Context:
         self._ledger.write(whole)
         self.mirror.log(whole)
         self.progress.at(step, note)
+
+    def first(self) -> dict[str, float]:
+        """The run's first line of metrics, on the main process; nothing before it is written."""
+        return next(iter(read(self.run.metrics_path)), {}) if self.world.is_main else {}
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keeps the evaluated responses of a step."""

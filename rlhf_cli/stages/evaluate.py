@@ -6,6 +6,7 @@ summed over each response; proxy reward from the learned model, gold where the d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine.forward import in_parts
 from rlhf_cli.engine.rollout import PLAIN, Asked, Collector
 from rlhf_cli.errors import UserError
+from rlhf_cli.evals.health import distinct, repetition, rouge_l
 from rlhf_cli.evals.kl import exact_kl, kl_estimates
 from rlhf_cli.evals.statistics import mean_and_se
 from rlhf_cli.models.heads import Actor, next_logits
@@ -69,6 +71,8 @@ class Evaluator:
         kl = kl_estimates(*flat)
         columns: dict[str, Tensor] = {
             "kl": kl.k1,
+            "logp": rollout.logp_old[:, 0].double().sum(-1),
+            "logp_ref": rollout.logp_ref[:, 0].double().sum(-1),
             "length": rollout.mask[:, 0].sum(-1),
             "ended": self.collector.ended(rollout)[:, 0],
         }
@@ -85,7 +89,19 @@ class Evaluator:
             {"prompt": text, "response": response, **{k: _known(v[i]) for k, v in columns.items()}}
             for i, (text, response) in enumerate(zip(texts, responses, strict=True))
         ]
-        return {**_summary(columns), "eval/kl_k3": float(kl.k3.mean())}, rows
+        health = self._health(texts, responses)
+        return {**_summary(columns), **health, "eval/kl_k3": float(kl.k3.mean())}, rows
+
+    def _health(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
+        """Whether the responses are still texts, going by their words."""
+        repeated = sum(map(repetition, responses)) / len(responses)
+        found = {"eval/repetition": repeated, "eval/distinct_2": distinct(responses)}
+        if self.ctx.recipe.data.has_references:
+            answers = self.ctx.corpus.heldout.answers()
+            both = zip(prompts, responses, strict=True)
+            alike = [rouge_l(response, answers[p]) for p, response in both if p in answers]
+            found["eval/rouge_l"] = sum(alike) / len(alike) if alike else math.nan
+        return found
 
     def _exact(self, actor: Actor, rollout: Rollout) -> Tensor:
         """[P] KL over the full vocabulary, summed over the states of each response."""
@@ -118,6 +134,9 @@ def _summary(columns: Mapping[str, Tensor]) -> dict[str, float]:
         summary["eval/unscored"] = float(unscored)
     if "kl_exact" in columns:
         summary["eval/kl_exact"] = float(columns["kl_exact"].double().mean())
+    tokens = float(columns["length"].sum())
+    summary["eval/entropy"] = -float(columns["logp"].sum()) / tokens
+    summary["eval/perplexity_ref"] = math.exp(min(-float(columns["logp_ref"].sum()) / tokens, 700))
     summary["eval/length"] = float(columns["length"].mean())
     summary["eval/eos_rate"] = float(columns["ended"].mean())
     return summary

@@ -25,6 +25,7 @@ from rlhf_cli.engine.forward import Rows, in_parts
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import shuffled
 from rlhf_cli.engine.rollout import Collector, Judges
+from rlhf_cli.evals.health import alarms
 from rlhf_cli.models.checks import check_scores
 from rlhf_cli.models.heads import Actor, Scorer, next_logits
 from rlhf_cli.models.load import load_policy, load_reward_model, new_reward_model, zero_head
@@ -35,6 +36,7 @@ from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context, check_finite
 from rlhf_cli.stages.evaluate import Evaluator, check_start
 from rlhf_cli.stages.feed import Feed
+from rlhf_cli.stages.meter import Meter
 from rlhf_cli.stages.replay import Replay
 
 
@@ -58,14 +60,15 @@ def main(ctx: Context) -> None:
         for stream, relative in ((sampling, ctx.recipe.reward.relative), (side, False))
     )
     replay = Replay(algo.replayed(), ctx.recipe.seed)
+    meter = Meter(ctx.recipe, "reward" in ctx.parents)
     points = min(ctx.recipe.eval.points, rollouts)
     due = {round(rollouts * (i + 1) / points) for i in range(points)}
 
     state = ctx.resume(learner)
     if state is None:
         state = {}
-        _evaluate(ctx, evaluator, learner, 0, {})
-    state = replay.restore(state, sampling.sources)
+        _evaluate(ctx, evaluator, learner, 0, meter.row())
+    state = meter.restore(replay.restore(state, sampling.sources))
     ctx.progress.start(rollouts * per_rollout, learner.step_index)
     for index in range(learner.step_index // per_rollout, rollouts):
         began = time.perf_counter()
@@ -91,7 +94,8 @@ def main(ctx: Context) -> None:
             )
         ]
         learned = time.perf_counter()
-        row = _row(ctx, collector, drawn, steps)
+        meter.add(drawn, extra[0].rollout if extra else None, learned - began)
+        row = {**_row(ctx, collector, drawn, steps), **meter.row()}
         row |= {
             "episodes": (index + 1) * update.batch,
             "perf/step_seconds": learned - began,
@@ -102,7 +106,7 @@ def main(ctx: Context) -> None:
         }
         if index + 1 in due:
             _evaluate(ctx, evaluator, learner, learner.step_index, row)
-            ctx.save(learner, {**state, **replay.state()})
+            ctx.save(learner, {**state, **replay.state(), **meter.state()})
         else:
             ctx.report(learner.step_index, row, _note("train", row))
     with learner.whole() as actor:
@@ -292,6 +296,8 @@ def _evaluate(
     if step == 0:
         check_start(metrics)
     whole = {"episodes": 0, **row, **metrics}
+    for alarm in alarms(ctx.first(), whole):
+        ctx.progress.warn(f"step {step}: {alarm}; read samples/{step:06d}.jsonl, and raise beta.")
     ctx.samples(step, samples)
     ctx.report(step, whole, _note("eval", whole))
 

@@ -41,6 +41,15 @@ VOCABULARY: dict[str, Metric] = {
     "eval/gold_se": Metric("gold", "standard error of eval/gold over prompts"),
     "eval/length": Metric("tokens", "length of a response, end token included"),
     "eval/eos_rate": Metric("share", "responses that ended by themselves"),
+    "eval/perplexity_ref": Metric(
+        "1", "perplexity of the responses under the SFT policy, per token"
+    ),
+    "eval/entropy": Metric("nats", "of the policy, per token: surprise at its own responses"),
+    "eval/repetition": Metric("share", "4-grams of a response that it had before"),
+    "eval/distinct_2": Metric("share", "distinct bigrams among those of all responses"),
+    "eval/rouge_l": Metric(
+        "F1", "ROUGE-L against the data's own answers, where these are references"
+    ),
     "eval/unscored": Metric("count", "answers without a score, where there are any"),
     "eval/prompts": Metric("count", "held-out prompts answered"),
     "eval/loss": Metric("nats", "held-out loss: per token (sft) or per pair (reward)"),
@@ -82,6 +91,13 @@ VOCABULARY: dict[str, Metric] = {
     "train/log_ratio": Metric("nats", "|log pi - log pi_old| of a response: how stale it is"),
     "train/grad_norm": Metric("norm", "L2 norm of the whole gradient before clipping"),
     "train/lr": Metric("rate", "learning rate of the step's last update"),
+    "budget/prompts": Metric("count", "prompts asked for learning so far"),
+    "budget/responses": Metric("count", "responses drawn for learning so far"),
+    "budget/given": Metric("count", "responses read from the dataset so far"),
+    "budget/tokens": Metric("tokens", "drawn for learning so far"),
+    "budget/scored": Metric("count", "responses scored for learning so far"),
+    "budget/flops": Metric("FLOP", "needed for drawing, scoring and learning so far; estimate"),
+    "budget/seconds": Metric("seconds", "drawing, scoring and learning so far, no evaluations"),
     "perf/step_seconds": Metric("seconds", "one step, evaluation not counted"),
     "perf/generate_seconds": Metric("seconds", "drawing the responses"),
     "perf/score_seconds": Metric("seconds", "forward passes of the frozen models"),
