@@ -85,13 +85,15 @@ def _note_data(run: Run, typed: Recipe, corpus: Corpus) -> None:
                 f" then, {corpus.digest[:10]} now), as a newer rlhf-cli may do; go back to the one that"
                 f" made it, or set it aside to have it made again."
             )
-    pinned = corpus.pinned(typed.eval.prompts)
+    pinned, parents = corpus.pinned(typed.eval.prompts), run.manifest()["parent_runs"]
     run.update(
+        # What every KL of the run is measured against.
+        reference=Run(run.path.parents[1] / parents["sft"]).weights() if "sft" in parents else None,
         data={
             "digest": corpus.digest,
             "evaluation": {"prompts": len(pinned), "digest": digest(pinned)},
             "drops": {cause: len(where) for cause, where in corpus.drops.items()},
-        }
+        },
     )
     _list_drops(run, corpus)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +20,8 @@ from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.learner import Learner
 from rlhf_cli.engine.world import World
 from rlhf_cli.errors import UserError
+from rlhf_cli.stages.chain import Chain
 from rlhf_cli.stages.progress import Progress
-from rlhf_cli.store.files import atomic_write
 from rlhf_cli.store.metrics import Ledger, read
 from rlhf_cli.store.run import Run
 from rlhf_cli.track import Mirror
@@ -56,6 +55,12 @@ class Context:
         """The model folder of a parent."""
         return Run(self.parents[role]).final
 
+    @cached_property
+    def chain(self) -> Chain:
+        """The models that the parents have left."""
+        finals = {role: self.final(role) for role in self.parents}
+        return Chain(self.recipe, self.corpus, self.world, finals)
+
     def encoded(self, encoder: Encoder, rows: Sequence[tuple[str, ...]]) -> Encoded:
         """(prompt, response, …) rows as ids, encoded once for all runs that read them so."""
         cache = Path(self.recipe.paths.cache).expanduser()
@@ -87,9 +92,7 @@ class Context:
         """Keeps the evaluated responses of a step."""
         if not self.world.is_main:
             return
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self.run.samples.mkdir(exist_ok=True)
-        atomic_write(self.run.samples / f"{step:06d}.jsonl", lines)
+        self.run.keep_samples(step, rows)
         self.mirror.samples(step, list(rows)[:32])
 
     def save(self, learner: Learner, state: Mapping[str, Tensor]) -> None:

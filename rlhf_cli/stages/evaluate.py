@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_cli.config import Recipe
 from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.core.rollout import Rollout
+from rlhf_cli.data.corpus import Corpus
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine.forward import in_parts
 from rlhf_cli.engine.rollout import PLAIN, Asked, Collector
@@ -24,7 +26,6 @@ from rlhf_cli.evals.health import distinct, repetition, rouge_l
 from rlhf_cli.evals.kl import exact_kl, kl_estimates
 from rlhf_cli.evals.statistics import mean_and_se
 from rlhf_cli.models.heads import Actor, next_logits
-from rlhf_cli.stages.context import Context
 
 START_TOLERANCE = 1e-4
 """Nats: the most KL an untrained policy may show against itself."""
@@ -34,43 +35,65 @@ START_TOLERANCE = 1e-4
 class Evaluator:
     """Measures a policy against the SFT policy on the pinned prompts."""
 
-    ctx: Context
+    recipe: Recipe
+    corpus: Corpus
     collector: Collector
 
     @classmethod
-    def of(cls, ctx: Context, collector: Collector) -> Evaluator:
+    def of(cls, recipe: Recipe, corpus: Corpus, collector: Collector) -> Evaluator:
         """Measures with the collector's frozen judges, at temperature 1, with the evaluation's seed."""
         pinned = replace(
             collector,
-            seed=ctx.recipe.eval.seed,
+            seed=recipe.eval.seed,
             drawing=PLAIN,
             learned_reward=False,
             soft_beta=None,
             missing="stop" if collector.missing == "stop" else "keep",
         )
-        return cls(ctx, pinned)
+        return cls(recipe, corpus, pinned)
 
-    @property
-    def prompts(self) -> Sequence[str]:
-        """Those that every run on the data is measured on."""
-        return self.ctx.corpus.pinned(self.ctx.recipe.eval.prompts)
+    def measure(
+        self, actor: Actor, draws: int = 1
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The `eval/` metrics of a policy, and a row per response behind them, prompt by prompt.
 
-    def measure(self, actor: Actor) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The `eval/` metrics of a policy, and one row per prompt with the response behind them."""
-        texts, world = self.prompts, self.ctx.world
-        encoder = Encoder.of(self.collector.tokenizer, self.ctx.recipe.data)
-        ids = [
-            Asked(ids, text=text) for ids, text in zip(encoder.prompts(texts), texts, strict=True)
+        draws: responses to each prompt; the first of each is the one that every evaluation draws.
+        """
+        prompts = self.corpus.pinned(self.recipe.eval.prompts)
+        drawn = [self._drawn(actor, prompts, place) for place in range(draws)]
+        texts = [response for _, responses in drawn for response in responses]
+        columns = {name: torch.stack([each[name] for each, _ in drawn], 1) for name in drawn[0][0]}
+        kl_k3 = columns.pop("kl_k3")
+        rows = [
+            {
+                "prompt": prompt,
+                "response": drawn[place][1][at],
+                **{name: _known(column[at, place]) for name, column in columns.items()},
+            }
+            for at, prompt in enumerate(prompts)
+            for place in range(draws)
         ]
+        summary = {**_summary(columns), **self._health([*prompts] * draws, texts)}
+        return {**summary, "eval/kl_k3": float(kl_k3.mean())}, rows
+
+    def _drawn(
+        self, actor: Actor, prompts: Sequence[str], place: int
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """What is known of one response to each prompt, [P] each, and the responses."""
+        world = self.collector.world
+        encoder = Encoder.of(self.collector.tokenizer, self.recipe.data)
+        both = zip(encoder.prompts(prompts), prompts, strict=True)
+        ids = [Asked(each, text=text) for each, text in both]
         # Processes share prompts evenly: the last one is repeated as often as that takes.
         padded = ids + ids[-1:] * (-len(ids) % world.size)
-        rollout, _ = self.collector.collect(actor, padded, Sampling(policy=1), "eval", 0)
+        rollout, _ = self.collector.collect(actor, padded, Sampling(policy=1), "eval", place)
         rollout = rollout.take(torch.arange(len(ids), device=rollout.mask.device))
         assert rollout.logp_ref is not None
         flat = (rollout.logp_old[:, 0], rollout.logp_ref[:, 0], rollout.mask[:, 0])
         kl = kl_estimates(*flat)
         columns: dict[str, Tensor] = {
             "kl": kl.k1,
+            "kl_k3": kl.k3,
             "logp": rollout.logp_old[:, 0].double().sum(-1),
             "logp_ref": rollout.logp_ref[:, 0].double().sum(-1),
             "length": rollout.mask[:, 0].sum(-1),
@@ -78,26 +101,21 @@ class Evaluator:
         }
         if rollout.score is not None:
             columns["score"] = rollout.score[:, 0]
-        if self.ctx.recipe.eval.exact_kl:
+        if self.recipe.eval.exact_kl:
             columns["kl_exact"] = self._exact(actor, rollout)
         responses = self.collector.texts(rollout)
         if rollout.reward is not None:
             columns["gold"] = columns["score"]  # what a task pays is no proxy of anything
-        elif self.ctx.corpus.gold is not None:
-            columns["gold"] = torch.tensor(self.ctx.corpus.gold(texts, responses))
-        rows = [
-            {"prompt": text, "response": response, **{k: _known(v[i]) for k, v in columns.items()}}
-            for i, (text, response) in enumerate(zip(texts, responses, strict=True))
-        ]
-        health = self._health(texts, responses)
-        return {**_summary(columns), **health, "eval/kl_k3": float(kl.k3.mean())}, rows
+        elif self.corpus.gold is not None:
+            columns["gold"] = torch.tensor(self.corpus.gold(prompts, responses))
+        return columns, responses
 
     def _health(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
         """Whether the responses are still texts, going by their words."""
         repeated = sum(map(repetition, responses)) / len(responses)
         found = {"eval/repetition": repeated, "eval/distinct_2": distinct(responses)}
-        if self.ctx.recipe.data.has_references:
-            answers = self.ctx.corpus.heldout.answers()
+        if self.recipe.data.has_references:
+            answers = self.corpus.heldout.answers()
             both = zip(prompts, responses, strict=True)
             alike = [rouge_l(response, answers[p]) for p, response in both if p in answers]
             found["eval/rouge_l"] = sum(alike) / len(alike) if alike else math.nan
@@ -123,12 +141,12 @@ def _known(value: Tensor) -> float | None:
 
 
 def _summary(columns: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means and standard errors under their published names."""
+    """Means over prompts and responses [P,M], errors over prompts, under their published names."""
     summary = {"eval/prompts": float(len(columns["kl"]))}
     for name, column in {"kl": "kl", "reward": "score", "gold": "gold"}.items():
         if column in columns:
-            known = columns[column][columns[column].isfinite()]
-            mean, se = mean_and_se(known.double().tolist())
+            each = columns[column].double().nanmean(1)
+            mean, se = mean_and_se(each[each.isfinite()].tolist())
             summary |= {f"eval/{name}": mean, f"eval/{name}_se": se}
     if "score" in columns and (unscored := int((~columns["score"].isfinite()).sum())):
         summary["eval/unscored"] = float(unscored)

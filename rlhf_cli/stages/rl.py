@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf_cli.core.algorithm import Model, Targets, Terms
 from rlhf_cli.core.masked import denominators
@@ -24,14 +25,11 @@ from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, in_parts
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import shuffled
-from rlhf_cli.engine.rollout import Collector, Judges
+from rlhf_cli.engine.rollout import Collector
 from rlhf_cli.evals.health import alarms
-from rlhf_cli.models.checks import check_scores
-from rlhf_cli.models.heads import Actor, Scorer, next_logits
-from rlhf_cli.models.load import load_policy, load_reward_model, new_reward_model, zero_head
-from rlhf_cli.models.tokenizer import load_tokenizer
+from rlhf_cli.models.heads import Actor, next_logits
+from rlhf_cli.models.load import zero_head
 from rlhf_cli.models.tuning import WithoutAdapters, tuned
-from rlhf_cli.rewards.written import opened
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context, check_finite
 from rlhf_cli.stages.evaluate import Evaluator, check_start
@@ -48,7 +46,7 @@ def main(ctx: Context) -> None:
     rollouts = max(1, update.episodes // update.batch)
     per_rollout = update.epochs * update.minibatches
     collector, learner = _models(ctx, rollouts * per_rollout)
-    evaluator = Evaluator.of(ctx, collector)
+    evaluator = Evaluator.of(ctx.recipe, ctx.corpus, collector)
     # Evaluations ask everybody; a training step only those whose word counts in it.
     unscored = replace(collector, judges=replace(collector.judges, reward=None, texts=None))
     if Model.REWARD not in algo.needs:
@@ -125,32 +123,17 @@ class Stream:
 
 def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
     """Loads what the algorithm needs: policy, reference, reward model, critic, guide, Q network."""
-    recipe, algo = ctx.recipe, ctx.recipe.algo
-    precision, device = recipe.model.precision, ctx.world.device
-    attention = recipe.launch.attention
-    tokenizer = load_tokenizer(ctx.final("sft"))
+    recipe, algo, chain, device = ctx.recipe, ctx.recipe.algo, ctx.chain, ctx.world.device
 
-    def policy(parent: str = "sft"):  # type: ignore[no-untyped-def]
-        return load_policy(ctx.final(parent), precision, tokenizer, attention)
-
-    def scorer():  # type: ignore[no-untyped-def]
-        if (
-            "reward" not in ctx.parents
-        ):  # a task pays, or others score: nothing to start a critic from but the policy
-            sft = ctx.final("sft")
-            return new_reward_model(recipe.model, sft, tokenizer, recipe.seed, attention)
-        own = recipe.reward.model.precision
-        return load_reward_model(ctx.final("reward"), own, tokenizer, attention)
-
-    def learning():  # type: ignore[no-untyped-def]
-        return tuned(scorer(), recipe.reward.model.tuning, "reward.model", recipe.seed)
+    def learning() -> PreTrainedModel:
+        return tuned(chain.scorer(), recipe.reward.model.tuning, "reward.model", recipe.seed)
 
     has_q = Model.Q in algo.needs
     actor = Actor(
-        tuned(policy(), recipe.model.tuning, "model", recipe.seed),
+        tuned(chain.policy(), recipe.model.tuning, "model", recipe.seed),
         critic=learning() if Model.CRITIC in algo.needs else None,
         reward=learning() if algo.trains_reward else None,
-        q=zero_head(policy()) if has_q else None,
+        q=zero_head(chain.policy()) if has_q else None,
         temperature=recipe.rollout.temperature,
         entropy=algo.wants_entropy(),
     )
@@ -159,29 +142,14 @@ def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
     # Every algorithm has a reference: the KL of the evaluation is measured against it. Shards of
     # ZeRO 3 cannot serve as one.
     shared = recipe.model.tuning.lora is not None and recipe.launch.zero < 3
-    ref = WithoutAdapters(actor.policy) if shared else policy().to(device)
-    reward = Scorer(scorer()).to(device) if "reward" in ctx.parents else None
-    if reward is not None:
-        check_scores(reward, tokenizer, (d.prompt + d.response for d in ctx.corpus.heldout.demos))
-    texts = None
-    if ctx.corpus.task is None:
-        texts = opened(recipe.reward.parts, ctx.corpus.gold, str(device))
-    guide = policy("guide").to(device) if Model.GUIDE in algo.needs else None
-    collector = Collector(
-        world=ctx.world,
-        tokenizer=tokenizer,
-        judges=Judges(ref, reward, guide, recipe.reward.learned, texts),
-        micro_batch=recipe.launch.micro_batch,
-        max_response_tokens=recipe.data.max_response_tokens,
-        seed=recipe.seed,
-        unended=recipe.reward.unended,
-        unended_adds=recipe.reward.unended_adds,
-        missing=recipe.reward.missing,
-        drawing=recipe.rollout,
+    ref = WithoutAdapters(actor.policy) if shared else chain.policy().to(device)
+    guide = chain.policy("guide").to(device) if Model.GUIDE in algo.needs else None
+    collector = chain.collector(
+        chain.judges(ref, guide),
         learned_reward=algo.trains_reward,
-        partner=ctx.corpus.task,
         soft_beta=algo.beta if has_q else None,  # type: ignore[attr-defined]
     )
+    precision = recipe.model.precision
     learner = Learner(actor, algo.optim, steps, recipe.launch, ctx.world, precision, rates)
     return collector, learner
 

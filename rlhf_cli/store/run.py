@@ -7,8 +7,9 @@ so a run that claims to be running while nobody holds its lock was interrupted.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -64,6 +65,12 @@ class Run:
     def report_path(self) -> Path:
         """What a reward model is worth, in JSON; there is none in the other stages."""
         return self.path / "report.json"
+
+    def weights(self) -> str:
+        """SHA-256 over the digests of the finished model's weights, "" if the manifest lists none."""
+        listed = self.manifest().get("outputs", {})
+        found = [digest for name, digest in sorted(listed.items()) if name.endswith(".safetensors")]
+        return hashlib.sha256("".join(found).encode()).hexdigest() if found else ""
 
     @property
     def samples(self) -> Path:
@@ -137,6 +144,12 @@ class Run:
     def update(self, **fields: Any) -> None:
         """Replace some fields of the manifest."""
         self._write({**self.manifest(), **fields})
+
+    def keep_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the evaluated responses of a step, one JSON object a line."""
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.samples.mkdir(exist_ok=True)
+        atomic_write(self.samples / f"{step:06d}.jsonl", lines)
 
     def finish(self, **fields: Any) -> None:
         """Say `done`, with the sha256 digests of the metrics, of the report and of the final model."""
