@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rlhf_cli import shapes
 from rlhf_cli.recipes import Classifier
 from rlhf_cli.store import pretrained
 
@@ -95,6 +96,12 @@ def _models(recipe: Recipe) -> Iterator[str]:
         if shape is None and model.name:
             fault = pretrained.fault(f"{key}.name", model.name, model.revision)
             yield from [fault] if fault else []
+            if (most := shapes.context(model)) is not None and most < longest:
+                yield (
+                    f"{key}.name={model.name} reads {most} tokens, fewer than data.max_prompt_tokens="
+                    f"{data.max_prompt_tokens} + data.max_response_tokens={data.max_response_tokens};"
+                    f" lower them to {most} together."
+                )
         if shape and model.name:
             yield (
                 f"{key}.name={model.name} has no effect on a model trained from scratch; choose"

@@ -42,6 +42,13 @@ def cached_config(repository: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def fetch_config(repository: str, revision: str | None) -> None:
+    """Bring a model's configuration into the local cache of the hub. Raises what the library raises."""
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download(repository, "config.json", revision=revision or "main")
+
+
 def _connects() -> bool:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     url = urlsplit(getproxies().get("https", endpoint))

@@ -166,7 +166,7 @@ def _guide(node: DictConfig) -> DictConfig:
 
 
 def check_downloads(plan: Plan) -> None:
-    """Make sure that pretrained weights still to be fetched can be.
+    """Make sure that pretrained weights still to be fetched can be, and are for texts of this length.
 
     Finds out in seconds what the libraries would find out in a minute, before any run is begun.
     Raises UserError.
@@ -191,15 +191,24 @@ def check_downloads(plan: Plan) -> None:
             if isinstance(part.source, Classifier):
                 name, revision = part.source.name, part.source.revision
                 _check_download("reward.source", name, revision, "a folder")
+    recipe(plan.steps[-1].node)  # once more, now that each config.json is here to be read
 
 
 def _check_download(group: str, name: str, revision: str | None, instead: str) -> None:
-    if pretrained.is_local(name) or hub.is_cached(name, revision) or not hub.out_of_reach():
+    if pretrained.is_local(name) or hub.is_cached(name, revision):
         return
-    raise UserError(
-        f"{group}.name={name} is no local folder and the Hugging Face hub cannot be reached: use"
-        f" {instead}, or HF_HUB_OFFLINE=1 with a filled cache."
-    )
+    ways = f"use {instead}, or HF_HUB_OFFLINE=1 with a filled cache."
+    if hub.out_of_reach():
+        raise UserError(
+            f"{group}.name={name} is no local folder and the Hugging Face hub cannot be reached: {ways}"
+        )
+    try:
+        hub.fetch_config(name, revision)
+    except Exception as error:  # the library raises many unrelated types, all meaning the same here
+        first = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"{group}.name={name} cannot be had from the Hugging Face hub ({first}): {ways}"
+        ) from error
 
 
 def _identity(model: Model) -> dict[str, Any]:

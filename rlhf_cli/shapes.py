@@ -17,6 +17,9 @@ from rlhf_cli import hub
 from rlhf_cli.recipes import Classifier, Model
 from rlhf_cli.store import pretrained
 
+POSITIONS = ("max_position_embeddings", "n_positions")
+"""What a `config.json` calls the longest sequence."""
+
 
 class Unknown(Exception):
     """Why the shape of a model is not known."""
@@ -75,11 +78,29 @@ def shape(model: Model | Classifier, key: str) -> Shape:
     name = str(model.name)
     if name in PUBLISHED:
         return PUBLISHED[name]
-    file = Path(name) / "config.json" if pretrained.is_local(name) else None
-    file = file or hub.cached_config(name, model.revision)
+    file = _config(name, model.revision)
     if file is None:
         raise Unknown(f"no config.json of {key}.name={name} is here yet")
     return read(file, f"{key}.name={name}")
+
+
+def context(model: Model) -> int | None:
+    """Longest sequence in tokens that a pretrained model was made for; None if its `config.json` is not
+    here, or does not say.
+    """
+    file = _config(str(model.name), model.revision)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return None  # whoever loads the model says what is wrong with the file
+    return next((int(config[name]) for name in POSITIONS if name in config), None)
+
+
+def _config(name: str, revision: str | None) -> Path | None:
+    """Where a model's `config.json` is: in its folder, or in the cache of the hub."""
+    if pretrained.is_local(name):
+        return Path(name) / "config.json"
+    return hub.cached_config(name, revision)
 
 
 def read(file: Path, what: str) -> Shape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,132 @@ def test_a_model_folder_that_is_not_whole_is_refused_at_plan_time(
     code, err = rlhf("plan", "model=custom", f"model.name={place}", "data.source=embedded")
     assert code == 2 and f"model.name={place} {says}" in err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["model", "reward.model"])
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions"])
+def test_a_model_that_reads_less_than_a_prompt_and_a_response_is_refused_at_plan_time(
+    rlhf: Rlhf, tmp_path: Path, key: str, name: str
+) -> None:
+    """The longest of 96 and 48 tokens are 144."""
+    long, short = folder(tmp_path / "long"), folder(tmp_path / "short")
+    (long / "config.json").write_text(json.dumps({name: 144}))
+    (short / "config.json").write_text(json.dumps({name: 143}))
+    words = ["model=custom", "model@reward.model=custom", "data.source=embedded"]
+    places = {"model.name": long, "reward.model.name": long}
+    assert rlhf("plan", *words, *(f"{k}={place}" for k, place in places.items()))[0] == 0
+    places[f"{key}.name"] = short
+    code, err = rlhf("plan", *words, *(f"{k}={place}" for k, place in places.items()))
+    assert (code, err) == (
+        2,
+        f"error: {key}.name={short} reads 143 tokens, fewer than data.max_prompt_tokens=96 +"
+        " data.max_response_tokens=48; lower them to 143 together.\n",
+    )
+
+
+def test_a_repository_tells_what_it_reads_before_any_run_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = list[tuple[str, str | None]]()
+    config = tmp_path / "config.json"
+
+    def fetch(name: str, revision: str | None) -> None:
+        fetched.append((name, revision))
+        config.write_text(json.dumps({"max_position_embeddings": 100}))
+
+    monkeypatch.setattr(hub, "out_of_reach", lambda: False)
+    monkeypatch.setattr(hub, "cached_config", lambda *_: config if config.exists() else None)
+    monkeypatch.setattr(hub, "fetch_config", fetch)
+    words = ["model@reward.model=custom", "reward.model.name=a/b", "reward.model.revision=abc"]
+    made = plan(compose([*words, "model.scratch.context=144"]))
+    with pytest.raises(UserError) as error:
+        check_downloads(made)
+    assert str(error.value) == (
+        "reward.model.name=a/b reads 100 tokens, fewer than data.max_prompt_tokens=96 +"
+        " data.max_response_tokens=48; lower them to 100 together."
+    )
+    assert fetched == [("a/b", "abc")]
+
+
+def test_a_repository_that_is_not_there_is_refused_before_any_run_is_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hub, "out_of_reach", lambda: False)
+    monkeypatch.setattr(hub, "cached_config", lambda *_: None)
+    monkeypatch.setattr(hub, "fetch_config", raising(OSError("404 Client Error.\nURL: ...")))
+    words = ["model=custom", "model.name=a/b", "model.revision=abc", "data.source=embedded"]
+    with pytest.raises(UserError) as error:
+        check_downloads(plan(compose(words)))
+    assert str(error.value) == (
+        "model.name=a/b cannot be had from the Hugging Face hub (404 Client Error): use model=custom"
+        " model.name=DIR for a local checkpoint, model=nano to train from scratch, or HF_HUB_OFFLINE=1"
+        " with a filled cache."
+    )
+
+
+ROW = {"prompt": "p", "chosen": " a", "rejected": " b", "id": 1}
+GOOD = "".join(json.dumps(ROW | {"prompt": f"p{n}", "id": n}) + "\n" for n in range(40)).encode()
+GOES_ON = "; mend or delete the row, or leave such rows out with data.on_bad_row=drop."
+TRUNCATED = "Compressed file ended before the end-of-stream marker was reached"
+SPOILT = {
+    "truncated gzip": (
+        "x.jsonl.gz",
+        gzip.compress(GOOD)[:-12],
+        f"{{}} cannot be read to its end ({TRUNCATED}); replace it with a whole copy.",
+    ),
+    "invalid JSON": (
+        "x.jsonl",
+        GOOD + b"{oops\n",
+        "rows/x.jsonl:41: it is not valid JSON (Expecting property name enclosed in double quotes)"
+        + GOES_ON,
+    ),
+    "a column of another type": (
+        "x.jsonl",
+        GOOD + json.dumps(ROW | {"chosen": 5}).encode(),
+        f"rows/x.jsonl:41: column chosen holds a number, not text{GOES_ON}",
+    ),
+    "not UTF-8": (
+        "x.jsonl",
+        GOOD + b'{"prompt": "\xff"}',
+        f"rows/x.jsonl:41: byte 13 is no UTF-8{GOES_ON}",
+    ),
+    "NUL": (
+        "x.jsonl",
+        GOOD + json.dumps(ROW | {"prompt": "\0"}).encode(),
+        f"rows/x.jsonl:41: column prompt holds a NUL character{GOES_ON}",
+    ),
+    "zeros where rows were": (
+        "x.jsonl",
+        GOOD + b"\0" * 512,
+        f"rows/x.jsonl:41: it is not valid JSON (Expecting value){GOES_ON}",
+    ),
+    "empty": ("x.jsonl", b"", "{} holds no usable row; give a file with rows."),
+    "10 MB in one line": (
+        "x.jsonl",
+        GOOD + b'{"prompt": "' + b"p" * 10 * 2**20 + b'"}',
+        f"rows/x.jsonl:41: it is longer than 8 MiB{GOES_ON}",
+    ),
+    "an id twice": (
+        "x.jsonl",
+        GOOD + json.dumps(ROW | {"id": 0}).encode(),
+        "rows/x.jsonl:41: its id is that of rows/x.jsonl:1 (data.columns.id=null reads none)"
+        + GOES_ON,
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "says"), SPOILT.values(), ids=SPOILT)
+def test_spoilt_data_are_refused_alike_by_check_and_by_train_before_a_run_is_begun(
+    rlhf: Rlhf, tmp_path: Path, name: str, data: bytes, says: str
+) -> None:
+    file = tmp_path / "rows" / name
+    file.parent.mkdir()
+    file.write_bytes(data)
+    expected = 2, f"error: {says.format(file)}\n"
+    assert rlhf("data", "check", str(file)) == expected
+    words = ["data=custom", f"data.path={file}", "track=off", f"paths.runs={tmp_path}/runs"]
+    assert rlhf("train", *words) == expected
+    assert not any((tmp_path / "runs").rglob("*"))
 
 
 def test_moving_a_model_folder_or_editing_its_card_renames_none_of_3_runs(tmp_path: Path) -> None:

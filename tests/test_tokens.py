@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_cli.config import compose, recipe
 from rlhf_cli.data import tokens
 from rlhf_cli.data.tokens import Encoded, Encoder, encoded, uses_bos
+from rlhf_cli.errors import UserError
+from rlhf_cli.models.load import new_policy, new_reward_model
 from rlhf_cli.models.tokenizer import load_tokenizer, train_tokenizer
+from rlhf_cli.recipes import Model
 
 TEXTS = ["the cat sat on the mat", "and the dog lay by the door", "the end of the line is here"]
 ROWS = [(f"{a}:", f" {b}", f" {c}") for a in TEXTS for b in TEXTS for c in TEXTS]
@@ -79,6 +85,23 @@ def test_a_long_prompt_takes_the_first_shorter_version_that_fits(opening: Any) -
         assert fitting is None or ids == fitting
 
 
+def test_of_999_shorter_versions_a_dozen_are_encoded(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = list[str]()
+
+    def counted(self: Encoder, texts: list[str]) -> list[list[int]]:
+        tried.extend(texts)
+        return [plain(text)["input_ids"] for text in texts]
+
+    monkeypatch.setattr(Encoder, "_ids", counted)
+    ids = Encoder(plain, 30, 64, without_first_word).prompt(" ".join(["cat"] * 1000))
+    one, each = len(plain("cat")["input_ids"]), len(plain(" cat")["input_ids"])
+    longest = " ".join(["cat"] * (1 + (30 - one) // each))
+    assert ids == plain(longest)["input_ids"]
+    assert len(tried) <= 12  # the whole, 10 halvings of fewer than 2**10, and the one that is taken
+
+
 def test_what_no_version_makes_fit_loses_its_beginning(plain: Any, opening: Any) -> None:
     ids = plain(TEXTS[0])["input_ids"]
     assert Encoder(plain, 3, 64, uncut).prompt(TEXTS[0]) == ids[-3:]
@@ -93,6 +116,53 @@ def test_many_are_encoded_as_one_by_one(opening: Any) -> None:
     assert encoder.prompts(TEXTS) == [encoder.prompt(text) for text in TEXTS]
     assert encoder.responses(TEXTS) == [encoder.response(text) for text in TEXTS]
     assert encoder.prompts([]) == [] and encoder.responses([]) == []
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(plain: Any, tmp_path: Path) -> None:
+    plain.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("eos_token") == plain.eos_token
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError) as error:
+        load_tokenizer(tmp_path)
+    assert str(error.value) == (
+        f"model.name={tmp_path}: its tokenizer has no end token, so a policy could never stop; set"
+        " eos_token in its tokenizer_config.json."
+    )
+
+
+def pretrained(tokenizer: Any, place: Path) -> Model:
+    """A model of 1 layer with this tokenizer, to be loaded by its folder."""
+    made = recipe(compose(["model.scratch.layers=1", "model.scratch.width=16"])).model
+    new_policy(made, tokenizer).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return replace(made, scratch=None, name=str(place))
+
+
+def test_a_reward_model_must_read_every_token_of_the_policy_as_the_policy_does(
+    plain: Any, tmp_path: Path
+) -> None:
+    other: Any = train_tokenizer([text.upper() for text in TEXTS], 320, 64)
+    # Neither has seen such words: the ids of single letters are all that a glance would compare.
+    assert other("Human: 7")["input_ids"] == plain("Human: 7")["input_ids"]
+    place = tmp_path / "other"
+    with pytest.raises(UserError) as error:
+        new_reward_model(pretrained(other, place), None, plain, 1)
+    assert str(error.value) == (
+        f"reward.model.name={place}: its tokenizer is not the policy's; choose a reward model of the"
+        " policy's family."
+    )
+
+
+def test_a_reward_model_may_know_more_tokens_and_another_padding(
+    plain: Any, tmp_path: Path
+) -> None:
+    plain.save_pretrained(tmp_path / "plain")
+    richer: Any = load_tokenizer(tmp_path / "plain")
+    richer.add_special_tokens({"pad_token": "<pad>"})
+    made = new_reward_model(pretrained(richer, tmp_path / "richer"), None, plain, 1)
+    assert made.get_input_embeddings().num_embeddings == len(richer) == len(plain) + 1
 
 
 # --- the cache

@@ -7,6 +7,7 @@ scored has the boundary in the same place, whatever merges the tokenizer would m
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-REVISION = 1
+REVISION = 2
 """Raised by hand when the same text gets other ids, so that no cache of older ones is read."""
 AT_ONCE = 1024
 """Texts per call of the tokenizer, which works on them in parallel."""
@@ -80,17 +81,30 @@ class Encoder:
         return [int(self.tokenizer.bos_token_id)] if uses_bos(self.tokenizer) else []
 
     def _fitted(self, text: str, ids: Ids) -> Ids:
-        """One shorter version after the other; what none makes fit loses its beginning.
+        """The first shorter version that fits; what none makes fit loses its beginning.
 
-        A rendering that opens with the start token itself, as chat templates do, gets no second one.
+        Found by halving, since each version has fewer tokens than the one before: a post that loses a word
+        at a time has hundreds.
         """
-        start = self._start
-        while True:
-            body = ids[len(start) :] if start and ids[:1] == start else ids
-            room = self.longest_prompt - len(start)
-            if len(body) <= room or (cut := self.shorter(text)) is None:
-                return start + body[max(0, len(body) - room) :]
-            text, ids = cut, self._ids([cut])[0]
+        body, room = self._body(ids), self.longest_prompt - len(self._start)
+        if len(body) > room and (versions := self._versions(text)):
+            fits = bisect_left(versions, True, key=lambda cut: len(self._body_of(cut)) <= room)
+            body = self._body_of(versions[min(fits, len(versions) - 1)])
+        return self._start + body[max(0, len(body) - room) :]
+
+    def _versions(self, text: str) -> list[str]:
+        """Ever shorter ones."""
+        found = []
+        while (cut := self.shorter(text)) is not None:
+            found.append(text := cut)
+        return found
+
+    def _body_of(self, text: str) -> Ids:
+        return self._body(self._ids([text])[0])
+
+    def _body(self, ids: Ids) -> Ids:
+        """Without the start token: a rendering that opens with it, as chat templates do, gets no second."""
+        return ids[1:] if self._start and ids[:1] == self._start else ids
 
     def identity(self) -> bytes:
         """What decides the ids of a text, for the name of a cache."""

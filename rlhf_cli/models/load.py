@@ -113,8 +113,8 @@ def new_reward_model(
 ) -> PreTrainedModel:
     """A trunk with a fresh scalar head of standard deviation 1/sqrt(width + 1) (Huang et al. 2024).
 
-    The trunk is that of the SFT policy in the folder `sft`; None starts from `model` itself, which must
-    then share the policy's tokenizer (else UserError).
+    The trunk is that of the SFT policy in the folder `sft`; None starts from `model` itself, whose own
+    tokenizer must then have every token of the policy's under the same id (else UserError).
     """
     kind = AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):
@@ -128,11 +128,16 @@ def new_reward_model(
                 reward = kind.from_config(config, **kernel).to(DTYPES[model.precision])
         else:
             assert model.name is not None
-            own = load_tokenizer(model.name, model.revision)
-            if own("Human: hello")["input_ids"] != tokenizer("Human: hello")["input_ids"]:
+            own = load_tokenizer(model.name, model.revision).get_vocab()
+            read = {
+                token: i
+                for token, i in tokenizer.get_vocab().items()
+                if i != tokenizer.pad_token_id
+            }
+            if not read.items() <= own.items():  # padding is masked, whatever it is called
                 raise UserError(
                     f"reward.model.name={model.name}: its tokenizer is not the policy's; "
-                    "choose a reward model of the policy's family"
+                    "choose a reward model of the policy's family."
                 )
             name, revision = model.name, model.revision
             reward = load(kind, name, revision, model.precision, attention, num_labels=1)

@@ -65,7 +65,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name={name}: its tokenizer has no end token, so a policy could never stop; "
-            "set eos_token in its tokenizer_config.json"
+            "set eos_token in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         spare = tokenizer.unk_token

@@ -19,9 +19,8 @@ from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, per_token
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.rollout import Judges
-from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor
-from rlhf_cli.models.load import context_length, new_policy
+from rlhf_cli.models.load import new_policy
 from rlhf_cli.models.tokenizer import tokenizer_of
 from rlhf_cli.models.tuning import tuned
 from rlhf_cli.stages.card import model_card
@@ -34,7 +33,6 @@ def main(ctx: Context) -> None:
     recipe, data = ctx.recipe.sft, ctx.recipe.data
     texts = (demo.prompt + demo.response for demo in ctx.corpus.train.demos)
     tokenizer = tokenizer_of(ctx.recipe.model, texts)
-    _check_context(ctx)
     pad = int(tokenizer.pad_token_id)
 
     encoder = Encoder.of(tokenizer, data)
@@ -96,18 +94,3 @@ def _ending(ctx: Context, actor: Actor, tokenizer: PreTrainedTokenizerBase) -> d
             " raise sft.epochs, or data.max_response_tokens."
         )
     return {"eval/eos_rate": share, "eval/length": float(rollout.mask.sum(-1).mean())}
-
-
-def _check_context(ctx: Context) -> None:
-    """UserError if a prompt and a response of the longest kind do not fit a pretrained model."""
-    model, data = ctx.recipe.model, ctx.recipe.data
-    if model.scratch is not None or model.name is None:
-        return
-    longest = context_length(model.name, model.revision)
-    wanted = data.max_prompt_tokens + data.max_response_tokens
-    if longest is not None and wanted > longest:
-        raise UserError(
-            f"data.max_prompt_tokens={data.max_prompt_tokens} and data.max_response_tokens="
-            f"{data.max_response_tokens} need {wanted} tokens but model.name={model.name} reads at most"
-            f" {longest}; set data.max_prompt_tokens={longest - data.max_response_tokens} or less."
-        )

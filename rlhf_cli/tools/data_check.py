@@ -17,7 +17,7 @@ from rlhf_cli.errors import UserError
 T = TypeVar("T")
 
 NAMED = 3
-"""Rows that are named of each cause."""
+"""Rows that are named of each cause, unless all are asked for."""
 SHOWN = 160
 """Characters that are shown of a text."""
 
@@ -49,28 +49,29 @@ def check(data: Dataset) -> Checked:
     return Checked(survey, None)
 
 
-def report(checked: Checked) -> RenderableType:
-    """The same for a terminal of 80 columns, or for a file."""
-    return Group(summary(checked.survey), *examples(checked.survey.corpus, 1))
+def report(checked: Checked, every: bool) -> RenderableType:
+    """The same for a terminal of 80 columns, or for a file; every: name each row that is left out."""
+    return Group(summary(checked.survey, every), *examples(checked.survey.corpus, 1))
 
 
-def summary(survey: Survey) -> RenderableType:
+def summary(survey: Survey, every: bool = False) -> RenderableType:
     """What there is, what was left out, and what a user may not expect."""
     parts: list[RenderableType] = [_counts(survey)]
     if survey.corpus.drops:
-        parts += [Text(), named("left out", survey.corpus.drops)]
+        parts += [Text(), named("left out", survey.corpus.drops, every)]
     if remarks := list(_remarks(survey)):
         parts.append(Text("\n".join(["", *remarks])))
     return Group(*parts)
 
 
-def named(what: str, rows: Mapping[str, Sequence[str]]) -> Table:
-    """How many rows there are of each kind, and where the first of them stand."""
+def named(what: str, rows: Mapping[str, Sequence[str]], every: bool = False) -> Table:
+    """How many rows there are of each kind, and where the first of them stand, or all."""
     drawn = table(what, "rows")
     drawn.add_column("where", overflow="fold")
     for kind, where in rows.items():
-        first = ", ".join([*where[:NAMED], *(["..."] if len(where) > NAMED else [])])
-        drawn.add_row(kind, str(len(where)), Text(first))
+        most = len(where) if every else NAMED
+        said = ", ".join([*where[:most], *(["..."] if len(where) > most else [])])
+        drawn.add_row(kind, str(len(where)), Text(said))
     return drawn
 
 
