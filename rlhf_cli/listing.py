@@ -1,23 +1,31 @@
-"""What `rlhf runs` and `rlhf show` say about run directories: plain data, and its picture."""
+"""What `rlhf runs` and `rlhf show` say about run directories: plain data, and its picture.
+
+Tables of numbers are drawn here too.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_cli.evals.grid import Grid, numeric, shown
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
 
 LATEST = ("eval/kl", "eval/reward", "eval/gold")
 WIDE = 100
 """Columns from which on every cell of `table` has room."""
+GAP = 2
+"""Columns of a terminal between two of a table without lines."""
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -85,6 +93,63 @@ def page(shown: Mapping[str, Any]) -> Group:
     if shown["sample"]:
         parts.append(_pairs("a sample", shown["sample"]))
     return Group(*parts)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A grid within the terminal's width: columns that do not fit go below, beside the names again."""
+
+    grid: Grid
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.grid.title, style="bold")
+        for part in _cut(self.grid, options.max_width):
+            yield _columns(part, options.max_width)
+        for note in self.grid.notes:
+            yield Text(note, style="dim")
+
+
+def grid_table(grid: Grid) -> RenderableType:
+    """Draw a grid with its title above and its notes below."""
+    return _Drawn(grid)
+
+
+def _cut(grid: Grid, width: int) -> Iterator[Grid]:
+    """The grid by parts, each with the names of its rows and as many columns as there is room for."""
+    first, *widths = (max(map(cell_len, column)) + GAP for column in _texts(grid))
+    widths = [min(first, width // 2), *widths]
+    names = [*range(grid.names)]
+    room = width + GAP - sum(widths[: grid.names])
+    places, left = names, room
+    for place in range(grid.names, len(widths)):
+        if widths[place] > left and len(places) > grid.names:
+            yield grid.only(places)
+            places, left = names, room
+        places = [*places, place]
+        left -= widths[place]
+    yield grid.only(places)
+
+
+def _columns(grid: Grid, width: int) -> Table:
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    columns = _texts(grid)
+    for place, (column, right) in enumerate(zip(columns, numeric(grid), strict=True)):
+        drawn.add_column(
+            Text(column[0]),
+            justify="right" if right else "left",
+            no_wrap=place > 0,
+            overflow="fold",
+            max_width=None if place else width // 2,
+        )
+    for row in zip(*(column[1:] for column in columns), strict=True):
+        drawn.add_row(*map(Text, row))
+    return drawn
+
+
+def _texts(grid: Grid) -> list[list[str]]:
+    """Every column as it is read, its name first."""
+    cells = ([shown(row[place]) for row in grid.rows] for place in range(len(grid.columns)))
+    return [[name, *column] for name, column in zip(grid.columns, cells, strict=True)]
 
 
 def _worth(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

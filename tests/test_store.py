@@ -52,10 +52,11 @@ def a_run(
         "group": "hh_embedded-nano",
         "beta": 0.1,
         "parents": {"sft": "aaaa", "reward": "bbbb"},
-        "data": {"digest": "d", "drops": {}},
         "science": science,
     }
     run.begin(f"seed: {seed}\n", described | manifest)
+    # The manifest says what the data are only once the worker has read them.
+    run.update(data=manifest.get("data", {"digest": "d", "drops": {}}))
     ledger = Ledger(run.metrics_path)
     for step, kl, reward in rows:
         row: dict[str, float] = {"step": step, "episodes": step * 128, "eval/prompts": prompts}

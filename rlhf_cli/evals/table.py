@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from rlhf_cli.errors import UserError
 from rlhf_cli.evals.statistics import mean_and_se
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
+
+_DIGITS = 10
+"""Of a digest, where people read it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,16 @@ class Point:
     gold_se: float
     length: float
     eos_rate: float
+    entropy: float
+    perplexity_ref: float
+    reference: str
+    """Beginning of the digest of the policy that the KL is measured against."""
+    pinned: str
+    """Beginning of the digest of the prompts."""
+    temperature: float
+    """Of the responses."""
+    estimator: str
+    """Of `kl`."""
 
 
 @dataclass(frozen=True)
@@ -100,33 +113,65 @@ def seed_means(table: Sequence[Point]) -> list[SeedMean]:
     ]
 
 
+Facts: TypeAlias = Iterator[tuple[str, object]]
+"""What a comparison takes for granted about a run, in words for people (the plural), and its value."""
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """Something that the runs of a comparison should have in common, and have not."""
+
+    what: str
+    runs: Mapping[str, Sequence[Run]]
+    """Value to the runs that have it."""
+
+    def refusal(self, refused: str, fix: str) -> UserError:
+        """The error for two of the runs: what they cannot do, and what to do instead."""
+        (one, (first, *_)), (other, (second, *_)), *_ = self.runs.items()
+        return UserError(
+            f"{first.path.name} and {second.path.name} cannot {refused}: their {self.what} differ"
+            f" ({one} and {other}); {fix}."
+        )
+
+
+def trained(runs: Sequence[Run]) -> list[Run]:
+    """The RL runs among `runs`, each once: a run that was named twice must not pass for two seeds."""
+    each = {run.path.resolve(): run for run in runs}.values()
+    return [run for run in each if run.manifest().get("stage") == "rl"]
+
+
 def check_comparable(runs: Sequence[Run]) -> None:
     """Refuse to compare RL runs that were not given, or not measured on, the same things.
 
     Data, model, evaluation prompts, SFT policy and, where both have one, reward model must agree.
     Raises UserError naming the two runs and the difference.
     """
-    seen: dict[str, tuple[object, Run]] = {}
+    for found in disagreements(runs, shared):
+        raise found.refusal("share a figure", "name runs that agree in it")
+
+
+def disagreements(runs: Sequence[Run], facts: Callable[[Run], Facts]) -> Iterator[Disagreement]:
+    """What not all runs have in common, among the facts that they have at all."""
+    values: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        for what, value in _shared(run):
-            other, first = seen.setdefault(what, (value, run))
-            if other != value:
-                raise UserError(
-                    f"{first.path.name} and {run.path.name} cannot share a figure: their {what}"
-                    f" differ ({other} and {value}); name runs that agree in it."
-                )
+        for what, value in facts(run):
+            values[what][str(value)].append(run)
+    return (Disagreement(what, found) for what, found in values.items() if len(found) > 1)
 
 
-def _shared(run: Run) -> Iterator[tuple[str, object]]:
-    """What a frontier takes for granted about every run on it, in words for people."""
+def shared(run: Run) -> Facts:
+    """What a frontier takes for granted about every run on it."""
     manifest = run.manifest()
+    data = manifest.get("data") or {}
     yield "data", manifest.get("title")
-    yield "data digests", (manifest.get("data") or {}).get("digest")
+    yield "data digests", str(data.get("digest"))[:_DIGITS]
     yield "models", manifest.get("model")
     for stage, parent in (manifest.get("parents") or {}).items():
         yield f"{stage} parents", parent
     for prompts in {row["eval/prompts"] for row in read(run.metrics_path) if "eval/kl" in row}:
         yield "numbers of evaluation prompts", int(prompts)
+    if "evaluation" in data:
+        yield "evaluation prompts", data["evaluation"]["digest"][:_DIGITS]
 
 
 def _point(curve: str, manifest: Mapping[str, Any], row: Mapping[str, float]) -> Point:
@@ -154,12 +199,18 @@ def _point(curve: str, manifest: Mapping[str, Any], row: Mapping[str, float]) ->
         gold_se=value("gold_se"),
         length=value("length"),
         eos_rate=value("eos_rate"),
+        entropy=value("entropy"),
+        perplexity_ref=value("perplexity_ref"),
+        reference=(manifest.get("reference") or "")[:10],
+        pinned=manifest.get("data", {}).get("evaluation", {}).get("digest", "")[:10],
+        temperature=1.0,
+        estimator="k1",
     )
 
 
 def _curves(manifests: Mapping[Run, Mapping[str, Any]]) -> dict[Run, str]:
     """Name each run's curve: its algorithm and, if several are there, what differs."""
-    settings = {run: dict(_leaves(manifest["science"])) for run, manifest in manifests.items()}
+    settings = {run: dict(leaves(manifest["science"])) for run, manifest in manifests.items()}
     rivals: dict[str, list[Run]] = defaultdict(list)
     for run, manifest in manifests.items():
         rivals[manifest["algo"]].append(run)
@@ -173,9 +224,10 @@ def _curves(manifests: Mapping[Run, Mapping[str, Any]]) -> dict[Run, str]:
     return names
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no mapping, under its dotted name."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

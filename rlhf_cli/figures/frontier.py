@@ -7,8 +7,6 @@ squares through all evaluations of a curve. Beside the picture lie its numbers a
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -22,10 +20,11 @@ from matplotlib.figure import Figure
 
 from rlhf_cli.errors import UserError
 from rlhf_cli.evals.statistics import Line, line_fit
-from rlhf_cli.evals.table import Point, SeedMean, check_comparable, points, seed_means
+from rlhf_cli.evals.table import Point, SeedMean, check_comparable, points, seed_means, trained
 from rlhf_cli.figures.style import LINES, PANEL, RC, look, pictures, shade
-from rlhf_cli.store.files import atomic_write, disk, sha256
-from rlhf_cli.store.provenance import provenance
+from rlhf_cli.figures.write import as_csv
+from rlhf_cli.store.files import atomic_write, disk
+from rlhf_cli.store.provenance import origin
 from rlhf_cli.store.run import Run
 
 PANELS = {"reward": "reward (learned reward model)", "gold": "gold reward"}
@@ -39,9 +38,7 @@ def frontier(runs: Sequence[Run], out: Path, command: str) -> dict[str, Path]:
     runs give the same png, pdf and csv, byte for byte. Raises UserError if nothing was evaluated
     yet or the runs are not comparable.
     """
-    # A run that was named twice must not pass for two seeds.
-    each = {run.path.resolve(): run for run in runs}.values()
-    drawn = [run for run in each if run.manifest().get("stage") == "rl"]
+    drawn = trained(runs)
     table = points(drawn)
     if not table:
         raise UserError(
@@ -56,9 +53,9 @@ def frontier(runs: Sequence[Run], out: Path, command: str) -> dict[str, Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
     for kind, data in pictures(draw(table)).items():
         atomic_write(files[kind], data)
-    atomic_write(files["csv"], _csv([*_rows("point", table), *_rows("mean", seed_means(table))]))
-    atomic_write(files["fit"], _csv(_fits(table)))
-    atomic_write(files["json"], json.dumps(_origin(drawn, command), indent=2) + "\n")
+    atomic_write(files["csv"], as_csv(rows(table)))
+    atomic_write(files["fit"], as_csv(fits(table)))
+    atomic_write(files["json"], json.dumps(origin(drawn, command), indent=2) + "\n")
     return files
 
 
@@ -69,20 +66,21 @@ def draw(table: Sequence[Point]) -> Figure:
         figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1] + 0.6), layout="constrained")
         row = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, y in zip(row, panels, strict=True):
-            _panel(axes, table, y)
+            panel(axes, table, y)
         figure.suptitle(_title(table))
         figure.legend(
             *row[0].get_legend_handles_labels(),
-            title=("\n" if len(panels) == 1 else " · ").join(_reading(table, panels)),
+            title=("\n" if len(panels) == 1 else " · ").join(reading(table, panels)),
             loc="outside lower center",
             ncols=2 * len(panels),
         )
     return figure
 
 
-def _panel(axes: Axes, table: Sequence[Point], y: str) -> None:
+def panel(axes: Axes, table: Sequence[Point], y: str) -> None:
+    """Draw evaluations, their means over seeds and a line per curve; y is one of `PANELS`."""
     means = seed_means(table)
-    for curve, style in _styles(table).items():
+    for curve, style in styles(table).items():
         mine = [p for p in table if p.curve == curve]
         averaged = [m for m in means if m.curve == curve]
         _marks(axes, mine, y, style, faint=bool(averaged))
@@ -135,7 +133,7 @@ def _marks(
     )
 
 
-def _styles(table: Sequence[Point]) -> dict[str, dict[str, str]]:
+def styles(table: Sequence[Point]) -> dict[str, dict[str, str]]:
     """Colour and marker by algorithm; shade and line by the curve's place among its algorithm's."""
     styles: dict[str, dict[str, str]] = {}
     places: dict[str, int] = {}
@@ -158,7 +156,7 @@ def _title(table: Sequence[Point]) -> str:
     )
 
 
-def _reading(table: Sequence[Point], panels: Sequence[str]) -> tuple[str, str]:
+def reading(table: Sequence[Point], panels: Sequence[str]) -> tuple[str, str]:
     """How to read bars and lines, for the foot of the figure."""
     averaged = seed_means(table)
     bars = "bars: standard error over prompts" + (" (small) or seeds (large)" if averaged else "")
@@ -171,41 +169,13 @@ def _fit(table: Sequence[Point]) -> Line | None:
     return line_fit([p.kl for p in finite], [p.reward for p in finite])
 
 
-def _fits(table: Sequence[Point]) -> list[dict[str, Any]]:
+def fits(table: Sequence[Point]) -> list[dict[str, Any]]:
     """The straight line of each curve that has one."""
-    fits = ((curve, _fit([p for p in table if p.curve == curve])) for curve in _styles(table))
+    fits = ((curve, _fit([p for p in table if p.curve == curve])) for curve in styles(table))
     return [{"curve": curve, **line._asdict()} for curve, line in fits if line]
 
 
-def _rows(mark: str, marks: Sequence[Point] | Sequence[SeedMean]) -> list[dict[str, Any]]:
-    return [{"mark": mark, **asdict(m)} for m in marks]
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as csv; what a row lacks, and nan, is left empty."""
-    text = io.StringIO()
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({n: "" if v is None or v != v else v for n, v in row.items()})
-    return text.getvalue()
-
-
-def _origin(runs: Sequence[Run], command: str) -> dict[str, Any]:
-    """Which runs at which state, drawn by which code."""
-    return {
-        "command": command,
-        **provenance(),
-        "runs": [
-            {
-                "key": run.key,
-                "path": str(run.path),
-                "status": run.status(),
-                "parents": run.manifest().get("parents"),
-                "commit": run.manifest().get("commit"),
-                "metrics_sha256": sha256(run.metrics_path),
-            }
-            for run in runs
-        ],
-    }
+def rows(table: Sequence[Point]) -> list[dict[str, Any]]:
+    """The numbers of all marks: single evaluations, then means over seeds."""
+    single = [{"mark": "point", **asdict(each)} for each in table]
+    return single + [{"mark": "mean", **asdict(each)} for each in seed_means(table)]

@@ -27,10 +27,10 @@ _CAUSES = {
 
 
 @contextmanager
-def disk(path: Path) -> Iterator[None]:
+def disk(path: Path, key: str = "paths.runs") -> Iterator[None]:
     """Turn the disk's own refusals (full, read-only, forbidden) into one sentence about `path`.
 
-    Other errors pass through: they are defects. Raises UserError.
+    key: what chooses its folder. Other errors pass through: they are defects. Raises UserError.
     """
     try:
         yield
@@ -39,7 +39,7 @@ def disk(path: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"cannot write {path}: {_CAUSES[error.errno]}; mend that, or choose"
-            " another folder with paths.runs=DIR."
+            f" another folder with {key}=DIR."
         ) from error
 
 

@@ -6,9 +6,13 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from rlhf_cli.store.files import sha256
+from rlhf_cli.store.run import Run
 
 PACKAGES = (
     "rlhf-cli",
@@ -38,6 +42,25 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
     }
     return {"commit": commit, "patch": patch, "versions": versions, "machine": machine}
+
+
+def origin(runs: Sequence[Run], command: str) -> dict[str, Any]:
+    """What lies beside a figure or a table: which runs at which state, put together by which code."""
+    return {
+        "command": command,
+        **provenance(),
+        "runs": [
+            {
+                "key": run.key,
+                "path": str(run.path),
+                "status": run.status(),
+                "parents": run.manifest().get("parents"),
+                "commit": run.manifest().get("commit"),
+                "metrics_sha256": sha256(run.metrics_path),
+            }
+            for run in runs
+        ],
+    }
 
 
 def _revision() -> tuple[str | None, str | None]:
