@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -241,15 +240,6 @@ def test_a_resumed_learner_takes_the_very_step_the_first_would_have_taken(
     assert step(first) == step(other)
     ours, theirs = first.engine.module.state_dict(), other.engine.module.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_a_damaged_checkpoint_stops_the_resume_by_name(model, tokenizer, world, tmp_path: Path):
-    learner, _ = learned(new_policy(model, tokenizer), tokenizer, world, 8)
-    checkpoint.save(tmp_path, learner, world, {}, {"wall": 0.0})
-    for file in (tmp_path / "000002" / "engine").glob("*"):
-        file.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="000002: this checkpoint is damaged"):
-        checkpoint.resume(tmp_path, learner)
 
 
 def test_a_response_that_does_not_end_scores_what_the_recipe_says(policy, model, tokenizer, world):

@@ -1,7 +1,9 @@
 """Checkpoints to resume from, and the final folder others load.
 
-A folder is written under a temporary name and renamed when it is whole: that it exists means that it is
-complete. Nothing random needs saving, because every draw is a function of (seed, step, row).
+A folder is written under a temporary name, brought to the disk and renamed: that it exists means that it is
+complete, and the digests in its `place.json` say whether it still is. Nothing random needs saving, because
+every draw is a function of (seed, step, row). Nothing is pickled: reading a checkpoint runs no code of its
+writer's. Weights and moments are whole, so that another number of processes may go on with them.
 """
 
 from __future__ import annotations
@@ -9,19 +11,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_cli.engine import masters
 from rlhf_cli.engine.learner import Learner
 from rlhf_cli.engine.world import World
 from rlhf_cli.errors import UserError
 from rlhf_cli.models.tuning import merged
+from rlhf_cli.store.files import disk, sha256, to_disk
 
 KEPT = 2
 """Checkpoints that stay; older ones are removed."""
+SHARD = 2**31
+"""Bytes of tensors from which on another file is begun: what one process gathers before it writes."""
+PLACE, STATE = "place.json", "state.safetensors"
 
 
 def save(
@@ -29,26 +40,50 @@ def save(
 ) -> None:
     """Saves weights, optimiser, the algorithm's state and `place` (where the loop stands).
 
-    folder: `checkpoints/`; the new one is named by the learner's step.
+    folder: `checkpoints/`; the new one is named by the learner's step. Raises UserError if the disk
+    refuses; the ones before are still there then.
     """
     name = f"{learner.step_index:06d}"
     partial = folder / f".{name}.partial"
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with disk(partial):
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        shards = _Shards(partial)
+        for key, tensor in masters.gathered(learner.engine, learner.launch.zero):
+            if world.is_main:
+                shards.add(key, tensor)
+        if world.is_main:
+            shards.write()
+            save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / STATE)
+            files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+            place = {**place, "step": learner.step_index}
+            (partial / PLACE).write_text(json.dumps({**place, "files": files}, indent=2))
+            to_disk(partial)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(partial, folder / name)
+            for old in whole(folder)[:-KEPT]:
+                shutil.rmtree(old)
     world.barrier()
-    learner.engine.save_checkpoint(str(partial), tag="engine", save_latest=False)
-    if world.is_main:
-        save_file(
-            {k: v.contiguous().cpu() for k, v in state.items()}, partial / "state.safetensors"
-        )
-        (partial / "place.json").write_text(json.dumps({**place, "step": learner.step_index}))
-    world.barrier()
-    if world.is_main:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(partial, folder / name)
-        for old in whole(folder)[:-KEPT]:
-            shutil.rmtree(old)
+
+
+@dataclass
+class _Shards:
+    """Tensors on their way into files of a bearable size."""
+
+    folder: Path
+    waiting: dict[str, Tensor] = field(default_factory=dict)
+    written: int = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.waiting[name] = tensor
+        if sum(each.nbytes for each in self.waiting.values()) > SHARD:
+            self.write()
+
+    def write(self) -> None:
+        self.written += 1
+        save_file(self.waiting, self.folder / f"learner-{self.written:05d}.safetensors")
+        self.waiting.clear()
 
 
 def whole(folder: Path) -> list[Path]:
@@ -56,30 +91,45 @@ def whole(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[0-9]*") if p.is_dir())
 
 
-def resume(folder: Path, learner: Learner) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+def resume(folder: Path, learner: Learner) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Loads the newest checkpoint into the learner; None if there is none to load.
 
-    Returns the algorithm's state and `place`. Raises UserError if a part is missing: a run never goes
-    on with a fresh optimiser in silence.
+    Returns the algorithm's state and `place`. Raises UserError if a part is missing or damaged: a run never
+    goes on with a fresh optimiser in silence.
     """
     found = whole(folder)
     if not found:
         return None
     newest = found[-1]
-    try:
-        place = json.loads((newest / "place.json").read_text())
-        state = load_file(newest / "state.safetensors")
-        loaded, _ = learner.engine.load_checkpoint(str(newest), tag="engine")
-    except Exception as error:
-        raise UserError(_damaged(newest)) from error
-    if loaded is None:
-        raise UserError(_damaged(newest))
+    place = _checked(newest, found[:-1])
+    masters.restore(learner.engine, learner.launch.zero, _reader(newest))
     learner.step_index = int(place["step"])
-    return state, place
+    return load_file(newest / STATE), place
 
 
-def _damaged(folder: Path) -> str:
-    return f"{folder}: this checkpoint is damaged; delete it to go on from the one before"
+def _checked(folder: Path, earlier: list[Path]) -> dict[str, Any]:
+    """Where the loop stood. Raises UserError for the first file that is not as it was written."""
+    way = f"to go on from {earlier[-1].name}" if earlier else "to begin the run again"
+    try:
+        place: dict[str, Any] = json.loads((folder / PLACE).read_text())
+        files = place["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{folder / PLACE} is damaged or missing; delete {folder} {way}."
+        ) from error
+    for name, digest in files:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; delete {folder} {way}.")
+        if sha256(folder / name) != digest:
+            raise UserError(f"{folder / name} is not as it was written; delete {folder} {way}.")
+    return place
+
+
+def _reader(folder: Path) -> Callable[[str], Tensor]:
+    """From the name of a tensor to the tensor."""
+    opened = [safe_open(file, "pt") for file in sorted(folder.glob("learner-*.safetensors"))]
+    where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
+    return lambda name: where[name].get_tensor(name)
 
 
 def save_final(

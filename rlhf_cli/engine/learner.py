@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.core.algorithm import Terms
 from rlhf_cli.core.masked import averages
+from rlhf_cli.engine import masters
 from rlhf_cli.engine.world import World
 from rlhf_cli.recipes import Launch, Optim
 
@@ -62,8 +63,10 @@ class Learner:
         self._copy = copy.deepcopy(module) if launch.zero == 3 else None
         groups = _groups(module, optim.lr, rates or {})
         self._names, self._peaks = ["", *(rates or {})], [group["lr"] for group in groups]
+        # A rate of 0 until `step` sets it: some wrappers take a step on no gradient to make room.
+        still = [{**group, "lr": 0.0} for group in groups]
         optimiser = torch.optim.AdamW(
-            groups, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+            still, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -71,6 +74,7 @@ class Learner:
             config=deepspeed_config(optim, launch, world, precision),
             dist_init_required=False,
         )
+        masters.begin(self.engine)
         self.step_index = 0
 
     def step(

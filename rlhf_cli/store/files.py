@@ -61,6 +61,16 @@ def atomic_write(path: Path, data: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def to_disk(folder: Path) -> None:
+    """Bring the files of a folder, and their names, to the disk itself, so that a crash finds them whole."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def check_writable(root: Path) -> None:
     """Make sure that runs can be kept in `root`, by writing there; creates the folder.
 
