@@ -22,7 +22,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_hex, to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 
 from rlhf_cli.figures.style import BLUE, ORANGE, PANEL, RC
@@ -144,61 +144,80 @@ def lines(widths: Sequence[float], columns: float) -> list[list[int]]:
 
 def draw(heatmap: Heatmap) -> Figure:
     """The picture: a panel per answer, every token a cell with its number beneath."""
-    texts = [[_clipped(shown(token)) for token in answer.tokens] for answer in heatmap.answers]
+    with rc_context(RC):
+        figure = Figure(figsize=size(heatmap), layout="constrained")
+        fill(figure, heatmap)
+    return figure
+
+
+def size(heatmap: Heatmap) -> tuple[float, float]:
+    """Width and height of the picture in inches."""
+    tallest = max(len(each.rows) for each in _layouts(heatmap))
+    return PANEL[0] * len(heatmap.answers) + 0.4, 0.36 * tallest + 1.0
+
+
+def fill(figure: FigureBase, heatmap: Heatmap) -> None:
+    """Put the picture into a figure, or into a part of one, under `RC`."""
+    layouts = _layouts(heatmap)
+    tallest = max(len(each.rows) for each in layouts)
+    row = figure.subplots(1, len(layouts), squeeze=False)[0]
+    for axes, answer, layout in zip(row, heatmap.answers, layouts, strict=True):
+        axes.set(xlim=(0, COLUMNS), ylim=(tallest, 0))
+        axes.axis("off")
+        total = heatmap.number(answer.total)
+        axes.set_title(f"{answer.name}: sum {total}, {RELATIVE}", fontsize=7, loc="left")
+        for place, members in enumerate(layout.rows):
+            _line(axes, heatmap, answer, layout, place, members)
+    steps = [(2 * i / 255 - 1) * heatmap.limit for i in range(256)]
+    colours = ListedColormap([tint(step, heatmap.limit) for step in steps])
+    scale = Normalize(-heatmap.limit, heatmap.limit)
+    bar = figure.colorbar(
+        ScalarMappable(scale, colours), ax=list(row), location="bottom", aspect=60, shrink=0.6
+    )
+    bar.set_label("credit per token: beta log(pi / pi_ref)", fontsize=7)
+    bar.outline.set_visible(False)
+    said = "\n".join(f"{name}: {value}" for name, value in heatmap.facts.items())
+    figure.suptitle(said, fontsize=6.5, parse_math=False)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the tokens of an answer stand."""
+
+    texts: Sequence[str]
+    widths: Sequence[float]
+    rows: Sequence[Sequence[int]]
+
+
+def _layouts(heatmap: Heatmap) -> list[_Layout]:
     # A number is set smaller than its token; it needs this share of its characters.
     least = 0.65 * len(heatmap.number(-heatmap.limit)) + 0.5
-    widths = [[max(width(text), least) for text in column] for column in texts]
-    rows = [lines(each, COLUMNS) for each in widths]
-    tallest, panels = max(map(len, rows)), len(rows)
-    with rc_context(RC):
-        size = (PANEL[0] * panels + 0.4, 0.36 * tallest + 1.0)
-        figure = Figure(figsize=size, layout="constrained")
-        for axes, answer, text, cells, order in zip(
-            figure.subplots(1, panels, squeeze=False)[0],
-            heatmap.answers,
-            texts,
-            widths,
-            rows,
-            strict=True,
-        ):
-            axes.set(xlim=(0, COLUMNS), ylim=(tallest, 0))
-            axes.axis("off")
-            total = heatmap.number(answer.total)
-            axes.set_title(f"{answer.name}: sum {total}, {RELATIVE}", fontsize=7, loc="left")
-            for row, members in enumerate(order):
-                _line(axes, heatmap, answer, text, cells, row, members)
-        steps = [(2 * i / 255 - 1) * heatmap.limit for i in range(256)]
-        colours = ListedColormap([tint(step, heatmap.limit) for step in steps])
-        scale = Normalize(-heatmap.limit, heatmap.limit)
-        bar = figure.colorbar(
-            ScalarMappable(scale, colours), ax=figure.axes, location="bottom", aspect=60, shrink=0.6
-        )
-        bar.set_label("credit per token: beta log(pi / pi_ref)", fontsize=7)
-        bar.outline.set_visible(False)
-        said = "\n".join(f"{name}: {value}" for name, value in heatmap.facts.items())
-        figure.suptitle(said, fontsize=6.5, parse_math=False)
-    return figure
+    layouts = []
+    for answer in heatmap.answers:
+        texts = [_clipped(shown(token)) for token in answer.tokens]
+        widths = [max(width(text), least) for text in texts]
+        layouts.append(_Layout(texts, widths, lines(widths, COLUMNS)))
+    return layouts
 
 
 def _line(
     axes: Axes,
     heatmap: Heatmap,
     answer: Answer,
-    texts: Sequence[str],
-    widths: Sequence[float],
+    layout: _Layout,
     row: int,
     members: Sequence[int],
 ) -> None:
     """One line of tokens."""
     x = 0.0
     for index in members:
-        value, broad = answer.credit[index], widths[index]
+        value, broad = answer.credit[index], layout.widths[index]
         colour = tint(value, heatmap.limit)
         axes.add_patch(Rectangle((x + 0.05, row + 0.08), broad - 0.1, 0.84, color=colour, lw=0))
         # Text of a corpus: a dollar sign in it opens no formula.
         plain: dict[str, Any] = {"ha": "center", "va": "center", "parse_math": False}
         middle = x + broad / 2
-        axes.text(middle, row + 0.34, texts[index], family="monospace", fontsize=7, **plain)
+        axes.text(middle, row + 0.34, layout.texts[index], family="monospace", fontsize=7, **plain)
         axes.text(middle, row + 0.74, heatmap.number(value), fontsize=4.5, color="#333333", **plain)
         x += broad
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from rlhf_cli.errors import UserError
 from rlhf_cli.evals.statistics import Line, line_fit
 from rlhf_cli.evals.table import Point, SeedMean, check_comparable, points, seed_means, trained
-from rlhf_cli.figures.style import LINES, PANEL, RC, look, pictures, shade
+from rlhf_cli.figures.style import PANEL, RC, pictures, styles
 from rlhf_cli.figures.write import as_csv
 from rlhf_cli.store.files import atomic_write, disk
 from rlhf_cli.store.provenance import origin
@@ -80,7 +80,7 @@ def draw(table: Sequence[Point]) -> Figure:
 def panel(axes: Axes, table: Sequence[Point], y: str) -> None:
     """Draw evaluations, their means over seeds and a line per curve; y is one of `PANELS`."""
     means = seed_means(table)
-    for curve, style in styles(table).items():
+    for curve, style in styles({p.curve: p.algo for p in table}).items():
         mine = [p for p in table if p.curve == curve]
         averaged = [m for m in means if m.curve == curve]
         _marks(axes, mine, y, style, faint=bool(averaged))
@@ -133,21 +133,6 @@ def _marks(
     )
 
 
-def styles(table: Sequence[Point]) -> dict[str, dict[str, str]]:
-    """Colour and marker by algorithm; shade and line by the curve's place among its algorithm's."""
-    styles: dict[str, dict[str, str]] = {}
-    places: dict[str, int] = {}
-    for curve, algo in dict.fromkeys((p.curve, p.algo) for p in table):
-        place = places[algo] = places.get(algo, -1) + 1
-        mark = look(algo)
-        styles[curve] = {
-            "color": shade(mark.colour, place),
-            "marker": mark.marker,
-            "line": LINES[place % len(LINES)],
-        }
-    return styles
-
-
 def _title(table: Sequence[Point]) -> str:
     first, seeds = table[0], len({p.seed for p in table})
     return (
@@ -171,7 +156,10 @@ def _fit(table: Sequence[Point]) -> Line | None:
 
 def fits(table: Sequence[Point]) -> list[dict[str, Any]]:
     """The straight line of each curve that has one."""
-    fits = ((curve, _fit([p for p in table if p.curve == curve])) for curve in styles(table))
+    fits = (
+        (curve, _fit([p for p in table if p.curve == curve]))
+        for curve in styles({p.curve: p.algo for p in table})
+    )
     return [{"curve": curve, **line._asdict()} for curve, line in fits if line]
 
 

@@ -32,10 +32,10 @@ def draw(report: Report, title: str) -> Figure:
     with rc_context(RC):
         figure = Figure(figsize=(2 * PANEL[0], 2 * PANEL[1] + 0.4), layout="constrained")
         (first, second), (third, fourth) = figure.subplots(2, 2)
-        _parts(first, report)
-        _curve(second, report.calibration)
-        _gaps(third, report.gaps)
-        _lengths(fourth, report.score_by_length)
+        accuracies(first, report)
+        calibration(second, report.calibration)
+        gaps(third, report.gaps)
+        lengths(fourth, report.score_by_length)
         figure.suptitle(
             f"{title} · {report.accuracy.pairs:,} held-out pairs\n"
             "bars: 95% of shares, standard error of scores · unit of scores: their standard deviation"
@@ -45,7 +45,7 @@ def draw(report: Report, title: str) -> Figure:
     return figure
 
 
-def _parts(axes: Axes, report: Report) -> None:
+def accuracies(axes: Axes, report: Report) -> None:
     """Accuracy of everything, of each part, and of pairs by which answer is longer."""
     parts = {"all pairs": report.accuracy, **report.subsets, **report.by_length}
     places = range(len(parts))
@@ -59,9 +59,9 @@ def _parts(axes: Axes, report: Report) -> None:
     axes.set(xlim=(0, 1), ylim=(len(parts) - 0.4, -0.6), xlabel="pairs ranked as labelled (share)")
 
 
-def _curve(axes: Axes, calibration: Calibration) -> None:
+def calibration(axes: Axes, curve: Calibration) -> None:
     """Shares against probabilities; on the diagonal the two are the same."""
-    bins = calibration.bins
+    bins = curve.bins
     axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.8)
     axes.errorbar(
         [each.probability for each in bins],
@@ -70,7 +70,7 @@ def _curve(axes: Axes, calibration: Calibration) -> None:
         fmt="o",
         color=BLUE,
     )
-    axes.set_title(f"expected calibration error {calibration.error:.3f}", **TITLE)
+    axes.set_title(f"expected calibration error {curve.error:.3f}", **TITLE)
     axes.set(
         xlim=(0.49, 1.01),
         ylim=(0, 1.02),
@@ -79,15 +79,15 @@ def _curve(axes: Axes, calibration: Calibration) -> None:
     )
 
 
-def _gaps(axes: Axes, gaps: Histogram) -> None:
+def gaps(axes: Axes, histogram: Histogram) -> None:
     """How far apart the two answers of a pair are; left of 0 they are ranked the wrong way."""
-    widths = [high - low for low, high in zip(gaps.edges, gaps.edges[1:], strict=False)]
-    axes.bar(gaps.edges[:-1], gaps.pairs, widths, align="edge", color=SKY)
+    widths = [high - low for low, high in zip(histogram.edges, histogram.edges[1:], strict=False)]
+    axes.bar(histogram.edges[:-1], histogram.pairs, widths, align="edge", color=SKY)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set(xlabel="score of chosen - score of rejected", ylabel="pairs")
 
 
-def _lengths(axes: Axes, tenths: tuple[Tenth, ...]) -> None:
+def lengths(axes: Axes, tenths: tuple[Tenth, ...]) -> None:
     """Mean score of answers of similar length; the bar across shows which lengths."""
     middle = [(each.shortest + each.longest) / 2 for each in tenths]
     axes.errorbar(

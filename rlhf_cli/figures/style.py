@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette, distinguishable under the common colour deficiencies; its yellow is left
 # out because it fades on paper.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-SKY, AMBER, BLACK = "#56B4E9", "#E69F00", "#000000"
+SKY, AMBER, BLACK, GREY = "#56B4E9", "#E69F00", "#000000", "#888888"
 
 PANEL = (3.4, 2.6)
 """Width and height of one panel in inches: the column of a two-column page."""
@@ -54,8 +56,32 @@ _KNOWN = {
     "p3o_v1": Look(SKY, "s"),
     "ppo": Look(ORANGE, "^"),
     "dpo_online": Look(GREEN, "D"),
+    # Those that stand beside each other in a figure have colours of their own.
+    "dpo": Look(GREEN, "d"),
+    "ipo": Look(PURPLE, "v"),
+    "copg": Look(BLUE, "P"),
+    "copg_offline": Look(BLUE, "P"),
+    "vpg": Look(AMBER, "v"),
+    "ppg": Look(PURPLE, "s"),
+    "rloo": Look(PURPLE, "*"),
+    "reinforce": Look(AMBER, "v"),
+    "vanilla_pg": Look(SKY, "<"),
+    "raft": Look(BLUE, "X"),
+    "ppo_max": Look(BLACK, "h"),
+    "apa": Look(BLUE, "p"),
+    "awr": Look(PURPLE, "P"),
+    "xpo": Look(BLUE, "h"),
+    "rto": Look(BLUE, "X"),
+    "etpo": Look(BLUE, "d"),
+    "aihf": Look(BLUE, "v"),
+    "best_of_n": Look(BLACK, "P"),
 }
 _SPARE = [Look(c, m) for m in "vPX*" for c in (PURPLE, AMBER, BLACK)]
+
+_PALETTE = [
+    Look(c, m)
+    for c, m in zip((BLACK, BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY), "o^DPsvXh", strict=True)
+]
 
 LINES = ("-", "--", ":", "-.")
 """Line styles that tell the curves of one algorithm apart."""
@@ -65,6 +91,27 @@ def look(algo: str) -> Look:
     """The look of an algorithm, the same in every figure; an unknown name keeps one by its hash."""
     spare = int.from_bytes(hashlib.sha256(algo.encode()).digest()[:4], "big") % len(_SPARE)
     return _KNOWN.get(algo, _SPARE[spare])
+
+
+def styles(curves: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Colour, marker and line of curves by name, told their algorithms.
+
+    Colour and marker go by algorithm, shade and line by the place among its curves; if there is one
+    algorithm alone, colours and markers tell its curves apart too.
+    """
+    found: dict[str, dict[str, str]] = {}
+    places: Counter[str] = Counter()
+    alone = len(set(curves.values())) == 1 and len(curves) > len(_SHADES)
+    for name, algo in curves.items():
+        place = places[algo]
+        places[algo] += 1
+        mark = _PALETTE[place % len(_PALETTE)] if alone else look(algo)
+        found[name] = {
+            "color": mark.colour if alone else shade(mark.colour, place),
+            "marker": mark.marker,
+            "line": LINES[place % len(LINES)],
+        }
+    return found
 
 
 def pictures(figure: Figure) -> dict[str, bytes]:

@@ -1,0 +1,1 @@
+"""How the figures of papers are drawn and judged: one module per kind."""
