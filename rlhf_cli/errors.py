@@ -14,3 +14,11 @@ class UserError(Exception):
 
 class StageFailed(Exception):
     """A stage's workers ended without finishing it; the message names the log. Exit code 1."""
+
+
+class Stopped(Exception):
+    """A run that was asked to stop and has kept all it needs to go on; the message says so. Exit code 75."""
+
+
+GO_ON = 75
+"""EX_TEMPFAIL of sysexits.h: the exit code by which a scheduler may know that the same command goes on."""

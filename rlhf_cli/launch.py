@@ -10,17 +10,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Hashable
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
+from types import FrameType
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
 from rlhf_cli import config
 from rlhf_cli.config import Recipe
 from rlhf_cli.data.corpus import Corpus, Split
-from rlhf_cli.errors import StageFailed, UserError
+from rlhf_cli.errors import StageFailed, Stopped, UserError
 from rlhf_cli.plan import Plan, Step
 from rlhf_cli.store.files import check_writable
 from rlhf_cli.store.provenance import provenance
@@ -30,6 +33,15 @@ KINDS = {"demos": "demonstrations", "pairs": "preference pairs", "prompts": "pro
 """What rows are called."""
 GRACE_SECONDS = 10
 """How long workers have to leave after a signal before they are killed."""
+
+
+def set_deadline(plans: Sequence[Plan]) -> None:
+    """Say from when on every process of this command is to stop; an outer command's word stands."""
+    hours = [plan.recipe.train.max_hours for plan in plans]
+    if known := [each for each in hours if each is not None]:
+        from rlhf_cli.engine.stop import DEADLINE
+
+        os.environ.setdefault(DEADLINE, str(time.time() + 3600 * min(known)))
 
 
 def execute(plan: Plan, command: str) -> Path:
@@ -107,6 +119,7 @@ def _build(run: Run, step: Step, parent_runs: dict[str, str], command: str) -> N
             **provenance(),
         },
     )
+    run.stop_request.unlink(missing_ok=True)
     try:
         if recipe.launch.kind == "inline":
             from rlhf_cli.worker import work
@@ -114,6 +127,9 @@ def _build(run: Run, step: Step, parent_runs: dict[str, str], command: str) -> N
             work(run.path)
         else:
             _launch(run, recipe.launch.processes)
+    except Stopped as error:
+        run.update(reason=str(error))  # it still says running: without a lock, that is interrupted
+        raise
     except (UserError, StageFailed) as error:
         run.fail(str(error))
         raise
@@ -142,27 +158,52 @@ def _launch(run: Run, processes: int) -> None:
     would leave the workers running.
     """
     from rlhf_cli.engine.world import free_port
-    from rlhf_cli.worker import COMPLAINT
+    from rlhf_cli.worker import DRIVER, SAID, driver
 
-    complaint = run.log / COMPLAINT
-    complaint.unlink(missing_ok=True)
+    for name in SAID.values():
+        (run.log / name).unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner",
         "--num_gpus", str(processes), "--master_port", str(free_port()),
         "--no_local_rank", "--module", "rlhf_cli.worker", str(run.path.absolute()),
     ]  # fmt: skip
-    child = subprocess.Popen(command, env=_environment(processes), start_new_session=True)
+    environment = {**_environment(processes), DRIVER: driver()}
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        code = child.wait()
+        with _passed_on(run.stop_request):
+            code = child.wait()
     finally:
         _end(child)
-    if complaint.exists():
-        raise UserError(complaint.read_text())
+    for kind, name in SAID.items():
+        if (run.log / name).exists():
+            raise kind((run.log / name).read_text())
     if code != 0:
         raise StageFailed(
             f"a worker of {run.path} ended with code {code}; see {run.log}/rank_*.txt, and give the "
             "same command again to go on from the last checkpoint"
         )
+
+
+@contextmanager
+def _passed_on(file: Path) -> Iterator[None]:
+    """Asks the workers to stop at the first signal; the second one is obeyed as if nobody had listened.
+
+    By a file, since DeepSpeed's launcher would end them at once, and those of other hosts hear nothing.
+    """
+    from rlhf_cli.engine.stop import SIGNALS
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, before[signal.Signals(number)])
+        file.touch()
+        name = signal.Signals(number).name
+        print(f"\n{name}: stopping after this step; again to leave at once", file=sys.stderr)
+
+    before: dict[signal.Signals, Any] = {each: signal.signal(each, ask) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _environment(processes: int) -> dict[str, str]:

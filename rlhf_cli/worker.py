@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Hashable
 from functools import cache
@@ -16,21 +20,27 @@ from importlib import import_module
 from pathlib import Path
 from typing import cast
 
+import psutil
 from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_cli.config import Recipe, read, recipe
 from rlhf_cli.data.corpus import Corpus, Dataset, digest
+from rlhf_cli.engine.stop import Stop
 from rlhf_cli.engine.world import start
-from rlhf_cli.errors import UserError
+from rlhf_cli.errors import GO_ON, Stopped, UserError
 from rlhf_cli.stages.context import Context
 from rlhf_cli.stages.progress import Progress
 from rlhf_cli.store.files import atomic_write
 from rlhf_cli.store.run import Run
 from rlhf_cli.track import Mirror, open_mirror
 
-COMPLAINT = "complaint.txt"
-"""File in the run's log folder where a worker leaves the sentence meant for the user."""
+SAID: dict[type[Exception], str] = {UserError: "complaint.txt", Stopped: "stopped.txt"}
+"""Files in the run's log folder where a worker leaves the sentence meant for the user."""
+DRIVER = "RLHF_DRIVER"
+"""Variable of the environment that says whom a worker ends with."""
+WATCH_SECONDS = 2
+"""Between two looks at whether it is still there."""
 
 
 def work(path: Path) -> None:
@@ -40,7 +50,7 @@ def work(path: Path) -> None:
     world = start(typed.launch.timeout)
     _log_to(run.log / f"rank_{world.rank}.txt")
     title = {"sft": "sft", "reward": "reward model", "rl": typed.name}[typed.stage]
-    with Progress(title, world.is_main) as progress:
+    with Progress(title, world.is_main) as progress, Stop(world, run.stop_request) as stop:
         corpus = corpus_of(cast(Hashable, typed.data))
         if world.is_main:
             _note_data(run, typed, corpus)
@@ -55,6 +65,7 @@ def work(path: Path) -> None:
             segment=manifest["segment"],
             mirror=mirror,
             progress=progress,
+            stop=stop,
         )
         finished = False
         try:
@@ -141,15 +152,48 @@ def _log_to(path: Path) -> None:
     warnings.simplefilter("default")
 
 
+def end_with_driver(driver: str) -> None:
+    """Ends this process, its launcher and its peers here when the driver is gone, however it went.
+
+    driver: as `driver` gave it; of another host nothing can be told.
+    """
+    host, pid, born = driver.rsplit(" ", 2)
+    if host != socket.gethostname():
+        return
+
+    def watch() -> None:
+        while _lives(int(pid), float(born)):
+            time.sleep(WATCH_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def driver() -> str:
+    """Who this process is, for workers that are to end with it."""
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time()}"
+
+
+def _lives(pid: int, born: float) -> bool:
+    """Whether it is there, and no other process has got its number."""
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def main(arguments: list[str]) -> int:
     """Entry point under a launcher; the exit code says how it went (0, 2 for a user's mistake)."""
     path = Path(arguments[-1])
+    if DRIVER in os.environ:
+        end_with_driver(os.environ[DRIVER])
     try:
         work(path)
-    except UserError as error:
+    except (UserError, Stopped) as error:
         if os.environ.get("RANK", "0") == "0":
-            atomic_write(Run(path).log / COMPLAINT, str(error))
-        return 2
+            atomic_write(Run(path).log / SAID[type(error)], str(error))
+        return 2 if isinstance(error, UserError) else GO_ON
     except Exception:
         logging.getLogger(__name__).exception("the stage failed")
         return 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,9 @@ from rlhf_cli.data.corpus import Corpus
 from rlhf_cli.data.tokens import AT_ONCE, Encoded, Encoder, encoded
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.learner import Learner
+from rlhf_cli.engine.stop import Stop
 from rlhf_cli.engine.world import World
-from rlhf_cli.errors import UserError
+from rlhf_cli.errors import Stopped, UserError
 from rlhf_cli.stages.chain import Chain
 from rlhf_cli.stages.progress import Progress
 from rlhf_cli.store.metrics import Ledger, read
@@ -43,9 +44,12 @@ class Context:
     segment: int
     mirror: Mirror
     progress: Progress
+    stop: Stop
     began: float = field(default_factory=time.perf_counter)
     wall_before: float = 0.0
     """Seconds spent by earlier segments."""
+    kept: int = 0
+    """Step of the newest checkpoint."""
 
     @cached_property
     def _ledger(self) -> Ledger:
@@ -98,7 +102,24 @@ class Context:
     def save(self, learner: Learner, state: Mapping[str, Tensor]) -> None:
         """Makes a checkpoint to resume from."""
         wall = self.wall_before + time.perf_counter() - self.began
-        checkpoint.save(self.run.checkpoints, learner, self.world, dict(state), {"wall": wall})
+        keep, place = self.recipe.checkpoint.keep, {"wall": wall}
+        checkpoint.save(self.run.checkpoints, learner, self.world, dict(state), place, keep)
+        self.kept = learner.step_index
+
+    def between_steps(self, learner: Learner, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Makes a checkpoint of what `state` gives, if one is due or the run is asked to stop.
+
+        Raises Stopped in the latter case.
+        """
+        reason = self.stop.asked()
+        since = learner.step_index - self.kept
+        if since >= self.recipe.checkpoint.every or (reason and since):
+            self.save(learner, state())
+        if reason:
+            raise Stopped(
+                f"{self.run.path} was stopped by {reason} after step {learner.step_index} of"
+                f" {learner.steps}; give the same command again to go on from there."
+            )
 
     def resume(self, learner: Learner) -> State | None:
         """Goes back to the newest checkpoint; None when starting afresh. Metrics are wound back."""
@@ -108,7 +129,7 @@ class Context:
         if found is None:
             return None
         state, place = found
-        self.wall_before = place["wall"]
+        self.wall_before, self.kept = place["wall"], learner.step_index
         return {name: tensor.to(self.world.device) for name, tensor in state.items()}
 
 

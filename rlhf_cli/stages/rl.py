@@ -62,13 +62,17 @@ def main(ctx: Context) -> None:
     points = min(ctx.recipe.eval.points, rollouts)
     due = {round(rollouts * (i + 1) / points) for i in range(points)}
 
-    state = ctx.resume(learner)
-    if state is None:
-        state = {}
+    found = ctx.resume(learner)
+    if found is None:
         _evaluate(ctx, evaluator, learner, 0, meter.row())
-    state = meter.restore(replay.restore(state, sampling.sources))
+    state = meter.restore(replay.restore(found or {}, sampling.sources))
+
+    def kept() -> dict[str, Tensor]:
+        return {**state, **replay.state(), **meter.state()}
+
     ctx.progress.start(rollouts * per_rollout, learner.step_index)
     for index in range(learner.step_index // per_rollout, rollouts):
+        ctx.between_steps(learner, kept)
         began = time.perf_counter()
         asked = main_feed.batch(prompts_each, index)
         extra: list[Stream] = []
@@ -78,6 +82,7 @@ def main(ctx: Context) -> None:
                 rows = side_feed.batch(prompts_each, index)
                 read, _ = beside.collect(actor, rows, side, "side", index)  # type: ignore[arg-type]
                 extra = [Stream(read, Targets(), second=True)]
+        ctx.between_steps(learner, kept)  # whoever goes on from here draws the same again
         rollout = replay.exchange(drawn, index)
         with torch.no_grad():
             targets, state = algo.prepare(rollout, state)
@@ -104,7 +109,7 @@ def main(ctx: Context) -> None:
         }
         if index + 1 in due:
             _evaluate(ctx, evaluator, learner, learner.step_index, row)
-            ctx.save(learner, {**state, **replay.state(), **meter.state()})
+            ctx.save(learner, kept())
         else:
             ctx.report(learner.step_index, row, _note("train", row))
     with learner.whole() as actor:

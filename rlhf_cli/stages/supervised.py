@@ -83,6 +83,7 @@ def fit(
             row |= evaluate(step + 1 == learner.steps)
             ctx.save(learner, {})
         ctx.report(step + 1, row, f"loss {metrics['loss']:.3f}")
+        ctx.between_steps(learner, dict)
 
 
 def responses(
