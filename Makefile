@@ -1,15 +1,21 @@
 # One line each; anything with a condition belongs in Python.
-.PHONY: help install demo test check mutants algorithms clean
+.PHONY: help install demo figures test check mutants algorithms clean
 export OMP_NUM_THREADS ?= 2
 BIN := .venv/bin
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
+	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
 
 install: .venv/installed ## make .venv from the locked versions, once
 
 demo: install ## train the default chain on CPU and draw its frontier (about 5 minutes)
 	$(BIN)/rlhf train algo=p3o_v2 data=hh && $(BIN)/rlhf frontier
+
+fig-%: install ## draw one figure of a paper, fig-p3o-hh; RUN=1 makes the runs it lacks
+	$(BIN)/rlhf figure $(subst -,_,$*) $(if $(RUN),--run)
+
+figures: install ## make what is missing of all figures' runs (hours), then draw them
+	$(BIN)/rlhf figure all --run
 
 test: install ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,4 +1,4 @@
-"""Words to verbs: train, plan, frontier, runs, show, credit, sample, algos, data.
+"""Words to verbs: train, plan, frontier, compare, report, runs, show, credit, sample, algos, data.
 
 Everything heavy is imported inside a verb, so that `rlhf --help` answers at once.
 """
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from rlhf_cli import __version__
-from rlhf_cli.errors import StageFailed, UserError
+from rlhf_cli.errors import GO_ON, StageFailed, Stopped, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from rlhf_cli.config import Recipe
     from rlhf_cli.plan import Plan
+    from rlhf_cli.store.run import Run
     from rlhf_cli.tools.data_check import Checked
 
 app = typer.Typer(
@@ -67,7 +68,23 @@ Examples:
   rlhf data check prefs.jsonl data.columns.response=completion
   rlhf data check chat.parquet model=custom model.name=DIR
   rlhf data check chat.parquet data.template=transcript
-  rlhf data check data=hh data.source=path data.path=DIR
+  rlhf data check data=hh data.source=path data.path=DIR --all
+"""
+
+WINRATE_EXAMPLES = """
+\b
+Examples:
+  rlhf winrate p3o_v2-hh ppo-hh sft                every pair, by the proxy reward
+  rlhf winrate p3o_v2-hh ppo-hh judge=gold judge.prompts=100
+  rlhf winrate A B judge=gold judge.tolerance=0.25 --out tables/gold
+  rlhf winrate A B judge=llm judge.model=NAME judge.url=http://localhost:8000/v1 judge.prompt=hh-1
+\b
+A language model also reads, with what is set unless you say otherwise:
+  judge.key_env=null     the variable of the environment that holds its key
+  judge.parallel=4       requests at once          judge.per_minute=null  and in a minute
+  judge.timeout=60       seconds                   judge.retries=5        of a failed request
+  judge.max_tokens=200   of an answer              judge.cache=DIR        of the answers
+  judge.price_in=null    judge.price_out=null      of a million tokens, for the estimate
 """
 
 INSPECT_EXAMPLES = """
@@ -76,6 +93,17 @@ Examples:
   rlhf data inspect data=hh                        with the tokenizer that its model would have
   rlhf data inspect data=tldr --png figures        and a picture of the lengths
   rlhf data inspect prefs.jsonl model=pythia_1b data.max_prompt_tokens=256
+"""
+
+
+FIGURE_EXAMPLES = """
+\b
+Examples:
+  rlhf figure                                      every figure, and how many of its runs there are
+  rlhf figure p3o_hh --run                         make the runs that are missing, then draw
+  rlhf figure p3o_hh                               draw again, from the runs alone
+  rlhf figure all --run --slots 2                  every figure, in one campaign
+  rlhf plan figure=p3o_hh scale=paper              what the paper's own sizes would take
 """
 
 
@@ -129,12 +157,13 @@ def _rlhf(
 @app.command(context_settings=HYDRA, epilog=EXAMPLES.format(verb="train"))
 def train(context: typer.Context) -> None:
     """Build what is missing of a chain, or of a sweep with -m."""
-    from rlhf_cli.launch import execute
+    from rlhf_cli.launch import execute, set_deadline
     from rlhf_cli.plan import check_downloads
 
     jobs = _planned(context.args)
     for plan in jobs:
         check_downloads(plan)
+    set_deadline(jobs)
     command = shlex.join(["rlhf", "train", *context.args])
     failures = []
     for plan in jobs:
@@ -143,6 +172,9 @@ def train(context: typer.Context) -> None:
         except KeyboardInterrupt:
             print("\ninterrupted: give the same command again to go on.", file=sys.stderr)
             raise typer.Exit(130) from None
+        except Stopped as stopped:  # the rest of a sweep too: who asked meant the command
+            print(f"stopped: {stopped}", file=sys.stderr)
+            raise typer.Exit(GO_ON) from None
         except Exception as error:
             if len(jobs) == 1:
                 raise
@@ -165,8 +197,20 @@ def train(context: typer.Context) -> None:
 
 @app.command(context_settings=HYDRA, epilog=EXAMPLES.format(verb="plan"))
 def plan(context: typer.Context) -> None:
-    """Show what train would do, and spend nothing."""
-    _planned(context.args)
+    """Show what train would do, or what a figure needs (figure=NAME), and spend nothing."""
+    named = [word for word in context.args if word.startswith("figure=")]
+    if not named:
+        _planned(context.args)
+        return
+    from rlhf_cli import gallery
+    from rlhf_cli.plan import describe
+
+    others = [word for word in context.args if word not in named]
+    shown = gallery.exhibits([named[-1].removeprefix("figure="), *others])
+    _console().print(describe(*(job.plan for each in shown for job in each.jobs)))
+    print("\ncommands:")
+    for line in dict.fromkeys(line for each in shown for line in gallery.sweeps(each)):
+        print(f"  {line}")
 
 
 @app.command()
@@ -183,20 +227,8 @@ def frontier(
 ) -> None:
     """Draw KL against reward, with a line per algorithm."""
     from rlhf_cli.figures import frontier as figure
-    from rlhf_cli.store.run import all_runs, find
 
-    if run:
-        chosen = [find(runs, reference) for reference in run]
-    else:
-        trained = [each for each in all_runs(runs) if each.stage == "rl"]
-        if not trained:
-            raise UserError(f"--runs={runs} holds no RL run yet; `rlhf train` makes one.")
-        newest = max(trained, key=lambda each: str(each.manifest().get("started")))
-        group = group or newest.manifest()["group"]
-        chosen = [each for each in trained if each.manifest().get("group") == group]
-        if not chosen:
-            groups = sorted({str(each.manifest().get("group")) for each in trained})
-            raise UserError(f"--group={group} has no RL run; choose one of {', '.join(groups)}.")
+    chosen, group = _chosen(runs, run, group)
     command = shlex.join(["rlhf", *sys.argv[1:]])
     files = figure.frontier(chosen, Path(out or f"figures/{group or 'frontier'}"), command)
     for each in chosen:
@@ -204,6 +236,193 @@ def frontier(
     for kind, path in files.items():
         print(f"{'figure' if kind == 'png' else kind}: {path}")
     print("next: rlhf train -m algo=p3o_v2,p3o_v1,ppo,dpo_online seed=1,2, then rlhf frontier")
+
+
+@app.command(epilog=FIGURE_EXAMPLES)
+def figure(
+    words: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[NAME [WORD]...]", help="Figure (or all), scale=, KEY=VALUE."),
+    ] = None,
+    run: Annotated[bool, typer.Option("--run", help="Make the runs that are missing.")] = False,
+    slots: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Runs at once: as many as there are cores by default."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the files.")] = Path("figures"),
+) -> None:
+    """Draw a figure of a paper and say whether its claim holds; without a name, list them."""
+    from rlhf_cli import campaign, gallery
+
+    shown = gallery.exhibits(words or [gallery.EVERY])
+    if not words:
+        _console().print(gallery.table(shown))
+        print("next: rlhf figure NAME, rlhf plan figure=NAME scale=paper")
+        return
+    failures = []
+    if run:
+        wanted = gallery.commands(gallery.together(shown))
+        try:
+            failures = campaign.run(wanted, slots or campaign.cores(), _console())
+        except KeyboardInterrupt:
+            print("\ninterrupted: give the same command again to go on.", file=sys.stderr)
+            raise typer.Exit(130) from None
+        shown = gallery.exhibits(words)
+    for each in shown:
+        if each.missing:
+            continue
+        if run:
+            gallery.prepare(each)
+        files, verdict = gallery.draw(each, out)
+        print(f"{each.spec.name}: {verdict}")
+        for kind, path in files.items():
+            print(f"{'figure' if kind == 'png' else kind}: {path}")
+    if failures:
+        print(f"error: {len(failures)} runs failed:", file=sys.stderr)
+        print("\n".join(f"  {one.path}: {one.reason}" for one in failures), file=sys.stderr)
+        raise typer.Exit(1)
+    if incomplete := [each for each in shown if each.missing]:
+        for line in dict.fromkeys(line for each in incomplete for line in gallery.sweeps(each)):
+            print(line)
+        raise gallery.refusal(incomplete)
+
+
+@app.command("eval")
+def evaluate(
+    policy: Annotated[str, typer.Argument(help="A finished run, or a Hugging Face folder.")],
+    like: Annotated[
+        str,
+        typer.Option(help="RL run whose prompts, reference and judges hold; itself by default."),
+    ] = "",
+    draws: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Measure a policy again, or one of elsewhere, as the runs of a comparison were measured."""
+    from rlhf_cli import listing
+    from rlhf_cli.remeasure import remeasure
+
+    command = shlex.join(["rlhf", *sys.argv[1:]])
+    found = remeasure(runs, policy, like, draws, command)
+    shown = listing.details(found.run)
+    if as_json:
+        _print_json(shown)
+        return
+    _console().print(listing.page(shown))
+    print(f"measured like: {found.like.path}")
+    print(f"next: rlhf winrate {found.run.key} sft, rlhf show {found.run.key}")
+    print(f"run: {found.run.path}")
+
+
+@app.command()
+def compare(
+    run: Annotated[
+        Optional[list[str]],  # noqa: UP045 - as above
+        typer.Argument(help="Runs by directory, name or key; all of a group if none is given."),
+    ] = None,
+    group: Annotated[
+        str, typer.Option(help="Compare the runs of this group; the newest run's by default.")
+    ] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare unequal runs too, and note what is unequal.")
+    ] = False,
+    kl: Annotated[
+        str,
+        typer.Option(help="Compare at these KLs too (1,2,5), against the curve of the first run."),
+    ] = "",
+    out: Annotated[str, typer.Option(help="Files to write, without ending.")] = "",
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Set curves side by side at equal budgets: KL, rewards, what was spent and tried."""
+    from rlhf_cli.evals import comparison, grid
+    from rlhf_cli.listing import grid_table
+
+    chosen, _ = _chosen(runs, run, group)
+    compared = comparison.compare(chosen, force, _kls(kl))
+    command = shlex.join(["rlhf", *sys.argv[1:]])
+    files = comparison.write(compared, Path(out), command) if out else {}
+    if as_json:
+        _print_json({name: grid.plain(found) for name, found in compared.grids.items()})
+        return
+    console = _console()
+    for found in compared.grids.values():
+        console.print(grid_table(found))
+        console.print()
+    for kind, path in files.items():
+        print(f"{kind}: {path}")
+    print("next: rlhf frontier, rlhf compare --out tables/NAME")
+
+
+@app.command()
+def report(
+    run: Annotated[
+        Optional[list[str]],  # noqa: UP045 - as above
+        typer.Argument(help="Runs by directory, name or key; all of a group if none is given."),
+    ] = None,
+    group: Annotated[
+        str, typer.Option(help="Report on the runs of this group; the newest run's by default.")
+    ] = "",
+    kl: Annotated[
+        str, typer.Option(help="Compare at these KLs (1,2,5); by default the usual ones reached.")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="The page, or a folder for it.")] = Path("report.html"),
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write all about a set of runs into one page for a browser, which fetches nothing."""
+    from rlhf_cli.report import page
+
+    chosen, _ = _chosen(runs, run, group)
+    file = page.write(chosen, out, _kls(kl), shlex.join(["rlhf", *sys.argv[1:]]))
+    print(f"page: {file}")
+    print("next: open the page, rlhf compare --out tables/NAME, rlhf winrate --help")
+
+
+@app.command(epilog=WINRATE_EXAMPLES)
+def winrate(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... [KEY=VALUE...]",
+            help="Runs by directory, name or key, or sft; then who judges: reward, gold or llm.",
+        ),
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say how many calls a judge would take.")
+    ] = False,
+    out: Annotated[str, typer.Option(help="Files to write, without ending.")] = "",
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Count whose responses are better, for every pair of policies: by reward, gold or a judge."""
+    from rich.console import Console
+
+    from rlhf_cli import config
+    from rlhf_cli.evals import grid
+    from rlhf_cli.listing import grid_table
+    from rlhf_cli.tools import winrate as tool
+
+    judge = config.judge([word for word in words if "=" in word])
+    policies = tool.policies(runs, [word for word in words if "=" not in word], judge)
+    if dry_run or judge.kind == "llm":
+        print(tool.announce(policies, judge), file=sys.stderr)
+    if dry_run:
+        return
+    try:
+        tables = tool.tables(policies, judge, tool.judged(policies, judge, Console(stderr=True)))
+    except KeyboardInterrupt:
+        print("\ninterrupted: give the same command again to go on.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    names = (Path(out + end) for end in ("", "_matrix"))
+    written = [grid.write(*pair) for pair in zip(tables, names, strict=False) if out]
+    if as_json:
+        _print_json([grid.plain(table) for table in tables])
+        return
+    for table in tables:
+        _console().print(grid_table(table))
+    for kind, path in (file for files in written for file in files.items()):
+        print(f"{kind}: {path}")
+    print("next: rlhf winrate RUN... judge=gold, rlhf compare")
 
 
 @app.command()
@@ -372,7 +591,12 @@ def algos(
 
 
 @data_app.command(context_settings=HYDRA, epilog=CHECK_EXAMPLES)
-def check(words: DataWords = None) -> None:
+def check(
+    words: DataWords = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Name every row that is left out, not three of a cause.")
+    ] = False,
+) -> None:
     """Read every row and list the bad ones.
 
     Exit code 2 if a run could not begin with them.
@@ -382,7 +606,7 @@ def check(words: DataWords = None) -> None:
     jobs, given = _on_data(words)
     for made in jobs:
         checked = data_check.check(made.data)
-        _console().print(data_check.report(checked))
+        _console().print(data_check.report(checked, every))
         _end(checked, given)
 
 
@@ -437,6 +661,34 @@ def _end(checked: Checked, given: Sequence[str]) -> None:
         raise checked.fault
     stage = [] if checked.survey.corpus.train.pairs else ["stage=sft"]
     print(f"next: {shlex.join(['rlhf', 'train', *given, *stage])}")
+
+
+def _chosen(runs: Path, references: Sequence[str] | None, group: str) -> tuple[list[Run], str]:
+    """The runs that are named, or else all of a group, by default the newest run's, and its name."""
+    from rlhf_cli.store.run import all_runs, find
+
+    if references:
+        return [find(runs, reference) for reference in references], group
+    trained = [each for each in all_runs(runs) if each.stage == "rl"]
+    if not trained:
+        raise UserError(f"--runs={runs} holds no RL run yet; `rlhf train` makes one.")
+    newest = max(trained, key=lambda each: str(each.manifest().get("started")))
+    group = group or newest.manifest()["group"]
+    chosen = [each for each in trained if each.manifest().get("group") == group]
+    if not chosen:
+        groups = sorted({str(each.manifest().get("group")) for each in trained})
+        raise UserError(f"--group={group} has no RL run; choose one of {', '.join(groups)}.")
+    return chosen, group
+
+
+def _kls(words: str) -> list[float]:
+    """KLs in nats with commas between."""
+    try:
+        return [float(each) for each in words.split(",") if words]
+    except ValueError:
+        raise UserError(
+            f"--kl={words} is not allowed: give KLs in nats with commas between, such as --kl 1,2,5."
+        ) from None
 
 
 def _planned(words: Sequence[str]) -> list[Plan]:

@@ -14,10 +14,14 @@ from yaml import YAMLError
 
 from rlhf_cli.errors import UserError
 
-KEYS = "`rlhf train --cfg job` prints every key there is"
+KEYS = {
+    "train": "`rlhf train --cfg job` prints every key there is",
+    "winrate": "`rlhf winrate --help` names those there are",
+}
+"""Where to look for keys, by the list of defaults they are composed from."""
 
 
-def of_values(error: ValidationError, prefix: str) -> UserError:
+def of_values(error: ValidationError, prefix: str, root: str = "train") -> UserError:
     """Say the first fault that pydantic found in the values under the key `prefix`."""
     fault = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in (prefix, *fault["loc"]) if part != "")
@@ -27,7 +31,7 @@ def of_values(error: ValidationError, prefix: str) -> UserError:
             return UserError(f"{key} is missing; give it a value with {key}=VALUE.")
         case "unexpected_keyword_argument":
             given = key if isinstance(value, dict) else f"{key}={value}"
-            return UserError(f"{given} is not a key of the configuration; {KEYS}.")
+            return UserError(f"{given} is not a key of the configuration; {KEYS[root]}.")
         case "tuple_type" | "list_type":
             must = f"be a list, as in {key}=[A,B]"
         case "dataclass_type":
@@ -39,7 +43,7 @@ def of_values(error: ValidationError, prefix: str) -> UserError:
     return UserError(f"{key}={value} is not allowed: it must {must}; give another value.")
 
 
-def of_composition(error: Exception) -> UserError | None:
+def of_composition(error: Exception, root: str = "train") -> UserError | None:
     """Say what Hydra, OmegaConf or the yaml parser refused; None if the error is none of theirs."""
     # Hydra's classes are looked up here: a worker explains yaml without ever importing Hydra.
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -64,7 +68,7 @@ def of_composition(error: Exception) -> UserError | None:
         error, OmegaConfBaseException
     ):
         if match := re.search(r"Could not (?:override|delete\S*(?: \S+)*) '([^']+)'", line):
-            return UserError(f"{match[1]} is not a key of the configuration; {KEYS}.")
+            return UserError(f"{match[1]} is not a key of the configuration; {KEYS[root]}.")
         if match := re.search(r"Ambiguous value for argument '(.+)'", line):
             return UserError(f"{match[1]} names several values; add -m to run one after the other.")
         return UserError(f"the configuration cannot be composed: {line}.")

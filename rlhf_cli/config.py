@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -80,6 +81,8 @@ class Recipe:
     reward: recipes.Reward
     eval: recipes.Evaluation
     launch: recipes.Launch
+    checkpoint: recipes.Checkpoint
+    train: recipes.Train
     track: recipes.Track
     paths: recipes.Paths
 
@@ -89,6 +92,10 @@ class Recipe:
         return self.track.group or f"{self.data.title}-{self.model.label}"
 
 
+HOW = ("launch", "checkpoint", "train", "track", "paths")
+"""What of a recipe says how it is carried out: in no key."""
+
+
 def conf_dir() -> Path:
     """Find the shipped yaml: inside the package when installed from a wheel, else beside it."""
     package = Path(__file__).resolve().parent
@@ -96,27 +103,43 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
-    """Compose `conf/train.yaml` with Hydra overrides into a node of plain values.
+def compose(
+    overrides: Sequence[str], config_dir: Path | None = None, root: str = "train"
+) -> DictConfig:
+    """Compose `conf/ROOT.yaml` with Hydra overrides into a node of plain values.
 
     `config_dir` is a further folder of yaml, searched after the shipped one. Raises UserError.
     """
+    words = list(overrides)
+    if config_dir is not None:
+        words.append(f"hydra.searchpath=['file://{config_dir.resolve()}']")
+    with explained(root):
+        return settled(unsettled(words, root))
+
+
+def unsettled(overrides: Sequence[str], root: str = "train") -> DictConfig:
+    """The same with all interpolations still open, but for those that only Hydra can resolve."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
     register()
-    words = list(overrides)
-    if config_dir is not None:
-        words.append(f"hydra.searchpath=['file://{config_dir.resolve()}']")
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        node = hydra.compose(root, list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(node)
+    if "name" in node:
+        node.name = node.name  # the choice of algorithm
+    with flag_override(node, ["struct", "readonly"], False):
+        del node["hydra"]
+    return node
+
+
+@contextmanager
+def explained(root: str = "train") -> Iterator[None]:
+    """Turns what Hydra, OmegaConf or the yaml parser refuse into a UserError of one sentence."""
     try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            node = hydra.compose("train", words, return_hydra_config=True)
-        HydraConfig.instance().set_config(node)
-        with flag_override(node, ["struct", "readonly"], False):
-            del node["hydra"]
-        return settled(node)
+        yield
     except Exception as error:
-        if sentence := complaints.of_composition(error):
+        if sentence := complaints.of_composition(error, root):
             raise sentence from error
         raise
 
@@ -152,6 +175,10 @@ def read(path: Path) -> DictConfig:
         ) from error
     if not isinstance(node, DictConfig):
         raise UserError(f"{path} holds no configuration; delete the run's folder and run again.")
+    if lacking := [name for name in HOW if name not in node]:
+        # Frozen by a version that had no such thing to say; what the run is stays as it was.
+        shipped = compose([])
+        node.update({name: shipped[name] for name in lacking})
     return node
 
 
@@ -165,6 +192,15 @@ def recipe(node: DictConfig) -> Recipe:
     typed = _typed(Recipe, values, "")
     for fault in checks.faults(typed):
         raise UserError(fault)
+    return typed
+
+
+def judge(overrides: Sequence[str]) -> recipes.Judge:
+    """Compose `conf/winrate.yaml`, type it and check it. Raises UserError."""
+    values = OmegaConf.to_container(compose(overrides, root="winrate").judge, resolve=True)
+    assert isinstance(values, dict)
+    kind = recipes.Chat if values.get("kind") == "llm" else recipes.ByScore
+    typed: recipes.Judge = _typed(kind, values, "judge", "winrate")
     return typed
 
 
@@ -221,12 +257,12 @@ def _built(group: str, values: Any, contract: Sequence[str]) -> Any:
     return typed
 
 
-def _typed(cls: type, values: dict[Any, Any], prefix: str) -> Any:
+def _typed(cls: type, values: dict[Any, Any], prefix: str, root: str = "train") -> Any:
     """Validate plain values; the first fault becomes one sentence."""
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise complaints.of_values(error, prefix) from None
+        raise complaints.of_values(error, prefix, root) from None
 
 
 def _line(error: Exception) -> str:

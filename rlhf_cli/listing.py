@@ -51,7 +51,7 @@ def details(run: Run) -> dict[str, Any]:
     for row in read(run.metrics_path):
         metrics |= row
     samples = sorted(run.samples.glob("*.jsonl"))
-    lines = samples[-1].read_text(encoding="utf-8").splitlines() if samples else []
+    rows = run.responses(int(samples[-1].stem)) if samples else []
     files = (path for path in sorted(run.path.rglob("*")) if path.is_file())
     return {
         "path": str(run.path),
@@ -59,7 +59,7 @@ def details(run: Run) -> dict[str, Any]:
         "metrics": {name: _finite(value) for name, value in metrics.items()},
         "report": json.loads(run.report_path.read_text()) if run.report_path.exists() else None,
         "files": {path.relative_to(run.path).as_posix(): path.stat().st_size for path in files},
-        "sample": json.loads(lines[0]) if lines else None,
+        "sample": rows[0] if rows else None,
     }
 
 

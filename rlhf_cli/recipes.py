@@ -306,6 +306,53 @@ class Evaluation:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ByScore:
+    """A judge that prefers the response with the higher score in the runs' own samples."""
+
+    kind: Literal["reward", "gold"]
+    prompts: Count | None
+    """So many of the runs' evaluation prompts, from the first; null is all."""
+    tolerance: NonNegative
+    """Scores no further apart than this tie, in units of the score."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Chat:
+    """A judge that is a language model behind OpenAI's chat-completions protocol."""
+
+    kind: Literal["llm"]
+    prompts: Count | None
+    """As above."""
+    model: str
+    """Its name at the endpoint, with the date or the digest that pins it."""
+    url: str
+    """The protocol's base address, to which /chat/completions is added."""
+    key_env: str | None
+    """Variable of the environment that holds the key; null sends none."""
+    prompt: Literal["hh-1", "tldr-1"]
+    """What it is asked (`judges/prompts.py`); the number changes with the wording."""
+    max_tokens: Count
+    """Longest answer."""
+    parallel: Count
+    """Most requests at once."""
+    per_minute: Count | None
+    """Most requests begun in a minute; null leaves that to the endpoint."""
+    timeout: Positive
+    """Seconds to wait for an answer."""
+    retries: Annotated[int, Field(ge=0)]
+    """Further attempts after one that failed."""
+    price_in: NonNegative | None
+    """Of a million tokens that are sent; null if unknown or free."""
+    price_out: NonNegative | None
+    """Of a million tokens that are answered."""
+    cache: str
+    """Folder of the answers that were given so far."""
+
+
+Judge: TypeAlias = ByScore | Chat
+
+
+@dataclass(frozen=True, config=STRICT)
 class Launch:
     """How a stage is run. Never part of a key: it may change the speed of a run, not its numbers."""
 
@@ -322,6 +369,25 @@ class Launch:
     """Whether activations are computed again in the backward pass instead of being kept."""
     timeout: Annotated[int, Field(ge=10)]
     """Seconds without word from a peer after which a process gives up."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Checkpoint:
+    """What is kept of a run to go on from. Never part of a key."""
+
+    every: Count
+    """Optimiser steps after which another one is made at the latest, between two rollouts; there is also one
+    at every evaluation, and where the run is asked to stop."""
+    keep: Count
+    """How many of the newest stay."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Train:
+    """How long a command may take. Never part of a key."""
+
+    max_hours: Positive | None
+    """Hours after which it keeps a checkpoint and ends, to be given again; null does not end it."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -10,14 +10,20 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from copy import deepcopy
+from functools import cache
 from io import StringIO
+from itertools import product
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rlhf_cli.complaints import of_composition
-from rlhf_cli.config import conf_dir, register, settled
+from rlhf_cli.config import conf_dir, explained, register, settled, unsettled
 from rlhf_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 
 def collect(words: Sequence[str]) -> list[DictConfig]:
@@ -38,14 +44,54 @@ def collect(words: Sequence[str]) -> list[DictConfig]:
     run = hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")(keep)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors and exits by itself
     # Hydra's sweeper insists on a folder for itself: it gets one that nobody will miss.
-    with TemporaryDirectory() as scratch, _command_line(*words, f"hydra.sweep.dir='{scratch}'"):
-        try:
-            run()
-        except Exception as error:
-            if sentence := of_composition(error):
-                raise sentence from error
-            raise
+    with (
+        TemporaryDirectory() as scratch,
+        _command_line(*words, f"hydra.sweep.dir='{scratch}'"),
+        explained(),
+    ):
+        run()
     return jobs
+
+
+def sweep(words: Sequence[str]) -> Iterator[tuple[tuple[str, ...], DictConfig]]:
+    """Compose the jobs that `collect` makes of `-m` and these overrides, each beside its own words.
+
+    Files are composed once per choice of them, however many values are set on top, which makes the
+    sweeps of a figure ten times as quick. Raises UserError.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    with explained():
+        parser = OverridesParser.create()
+        spelled = [_values(override) for override in parser.parse_overrides(list(words))]
+        for job in product(*spelled):
+            overrides = parser.parse_overrides(list(job))
+            choices = [each for each in overrides if _chooses(each)]
+            node = deepcopy(_chosen(tuple(str(each.input_line) for each in choices)))
+            # Hydra's own way to set values, with its own complaints.
+            ConfigLoaderImpl._apply_overrides_to_config(
+                [each for each in overrides if each not in choices], node
+            )
+            yield job, settled(node)
+
+
+def _values(override: Override) -> list[str]:
+    """An override once per value that it sweeps over."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _chooses(override: Override) -> bool:
+    """Whether it names a file, rather than a value to be set on what the files say."""
+    key = override.key_or_group
+    return override.package is not None or (conf_dir() / key).is_dir()
+
+
+@cache
+def _chosen(choices: tuple[str, ...]) -> DictConfig:
+    return unsettled(choices)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -31,9 +32,19 @@ def yaml_files() -> list[Path]:
 
 
 def choices() -> list[str]:
-    """group/choice of everything that can stand in the defaults list."""
+    """group/choice of everything that can stand in the defaults list of train.yaml."""
     names = (path.with_suffix("").as_posix() for path in yaml_files())
-    return [name for name in names if "/" in name and "/_" not in name]
+    return [name for name in names if "/" in name and not re.search("/_|^judge/|^figure/", name)]
+
+
+def judges() -> list[str]:
+    """Choices of the one group of winrate.yaml; tests/test_judges.py is about them."""
+    return [path.stem for path in yaml_files() if path.parent.name == "judge"]
+
+
+def figures() -> list[str]:
+    """Files that are no part of a configuration; tests/test_figures.py is about them."""
+    return [path.stem for path in yaml_files() if path.parent.name == "figure"]
 
 
 @cache
@@ -54,7 +65,10 @@ def nested(value: Any) -> Any:
 def test_every_file_in_conf_is_a_choice_a_base_or_the_list_of_defaults() -> None:
     bases = [path for path in yaml_files() if path.name.startswith("_")]
     assert all(path.suffix == ".yaml" for path in yaml_files())
-    assert len(choices()) + len(bases) + len(["train.yaml"]) == len(yaml_files())
+    roots = ["train.yaml", "winrate.yaml"]
+    assert len(choices()) + len(judges()) + len(figures()) + len(bases) + len(roots) == len(
+        yaml_files()
+    )
     assert len(choices()) >= 25
 
 

@@ -63,3 +63,15 @@ def test_a_guide_is_an_ordinary_run_and_a_parent(folder: Path) -> None:
     guide = Run(folder / "runs" / parents["guide"])
     assert guide.manifest()["algo"] == "dpo" and guide.status() == "done"
     assert len(list((folder / "runs" / "rl").glob("dpo-*"))) == 1
+
+
+def test_all_give_equal_numbers_on_equal_weights(folder: Path) -> None:
+    """Before the first update all have the SFT policy's weights: one evaluation, to the last digit."""
+    starts = {}
+    for path in (folder / "runs" / "rl").iterdir():
+        first, *_ = read(path / "metrics.jsonl")
+        assert first["step"] == 0
+        measured = {name: value for name, value in first.items() if name.startswith("eval/")}
+        samples = (path / "samples" / "000000.jsonl").read_text()
+        starts[path.name] = json.dumps(measured, sort_keys=True) + samples
+    assert len(starts) == len(NAMES) and len(set(starts.values())) == 1

@@ -28,19 +28,23 @@ from rlhf_cli.errors import UserError
 from rlhf_cli.models.tuning import merged
 from rlhf_cli.store.files import disk, sha256, to_disk
 
-KEPT = 2
-"""Checkpoints that stay; older ones are removed."""
 SHARD = 2**31
 """Bytes of tensors from which on another file is begun: what one process gathers before it writes."""
 PLACE, STATE = "place.json", "state.safetensors"
 
 
 def save(
-    folder: Path, learner: Learner, world: World, state: dict[str, Tensor], place: dict[str, float]
+    folder: Path,
+    learner: Learner,
+    world: World,
+    state: dict[str, Tensor],
+    place: dict[str, float],
+    keep: int,
 ) -> None:
     """Saves weights, optimiser, the algorithm's state and `place` (where the loop stands).
 
-    folder: `checkpoints/`; the new one is named by the learner's step. Raises UserError if the disk
+    folder: `checkpoints/`; the new one is named by the learner's step. keep: how many of the newest stay,
+    older ones are removed. Raises UserError if the disk
     refuses; the ones before are still there then.
     """
     name = f"{learner.step_index:06d}"
@@ -62,7 +66,7 @@ def save(
             to_disk(partial)
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(partial, folder / name)
-            for old in whole(folder)[:-KEPT]:
+            for old in whole(folder)[:-keep]:
                 shutil.rmtree(old)
     world.barrier()
 

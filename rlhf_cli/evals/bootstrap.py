@@ -25,6 +25,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -86,7 +87,7 @@ def intervals(
     """The same for a statistic of several numbers, [...,V]: V intervals from one set of rounds."""
     whole = [means(curve) for curve in curves]
     value = statistic(whole)
-    draws = _draws(curves[0].paths[0].prompts, rounds, seed)
+    draws = _draws(tuple(curves[0].paths[0].prompts), rounds, seed)
     resampled = statistic([means(curve, draws) for curve in curves])
     errors = [_Error(_variance(resampled), max(draws.shape[1] - 1, 1))]
     errors += _seed_errors(statistic, curves, whole)
@@ -118,7 +119,8 @@ def _by_t(
     return Interval(value, value - half, value + half, se, df, seeds)
 
 
-def _draws(prompts: Sequence[str], rounds: int, seed: int) -> Floats:
+@lru_cache(maxsize=4)  # a figure asks for many intervals on the same prompts
+def _draws(prompts: tuple[str, ...], rounds: int, seed: int) -> Floats:
     """[R,N] how often each round draws each prompt, whatever order the prompts are in.
 
     N - 1 draws of N: the variance of a mean is then s^2 / N without bias (Rao and Wu 1988).

@@ -85,6 +85,8 @@ class Comparison:
     rows: tuple[Row, ...]
     grids: Mapping[str, Grid]
     """`curves`, the rows as a table, and `matched`, the curves at equal KL, if that was asked for."""
+    unequal: tuple[str, ...]
+    """A sentence for everything that should be equal and is not; none unless forced."""
 
 
 def compare(runs: Sequence[Run], force: bool = False, kls: Sequence[float] = ()) -> Comparison:
@@ -117,11 +119,12 @@ def compare(runs: Sequence[Run], force: bool = False, kls: Sequence[float] = ())
     )
     first = last[compared[0].key]
     title = f"{first.title} · {first.model} · {first.prompts} held-out prompts"
-    notes = (*HOW_TO_READ, *_unequal(curves), *_uncounted(curves))
+    unequal = tuple(_unequal(curves))
+    notes = (*HOW_TO_READ, *unequal, *_uncounted(curves))
     grids = {"curves": _grid(title, [row.cells() for row in rows], notes, names=1)}
     if kls:
         grids["matched"] = _matched_grid(title, compared, kls, first.curve)
-    return Comparison(tuple(compared), rows, grids)
+    return Comparison(tuple(compared), rows, grids, unequal)
 
 
 def write(found: Comparison, base: Path, command: str) -> dict[str, Path]:

@@ -6,12 +6,11 @@ the same ones in the same order: column i is one prompt in all of the arrays her
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,7 +123,7 @@ def mean_of_known(values: Floats, axis: int = -1) -> Floats:
 
 
 def _path(run: Run, its_points: Sequence[Point]) -> Path:
-    samples = [_samples(run, point.step) for point in its_points]
+    samples = [run.responses(point.step) for point in its_points]
     first = its_points[0]
 
     def column(name: str) -> Floats:
@@ -145,18 +144,6 @@ def _path(run: Run, its_points: Sequence[Point]) -> Path:
         length=column("length"),
         prompts=tuple(row["prompt"] for row in samples[0]),
     )
-
-
-def _samples(run: Run, step: int) -> list[dict[str, Any]]:
-    path = run.samples / f"{step:06d}.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing, without which nothing is known of single prompts; copy the folder"
-            f" samples of {run.path.name} back, or leave the run out."
-        ) from None
-    return [json.loads(line) for line in lines]
 
 
 def _check_prompts(paths: Sequence[Path], runs: dict[str, Run]) -> None:

@@ -135,7 +135,8 @@ def _fit(mean: Means, spread: _Spread, form: Form) -> _Fit:
 
     xx, xy, yy, xg, yg = dot(x, x), dot(x, y), dot(y, y), dot(x, gold), dot(y, gold)
     determinant = xx * yy - xy**2
-    return _Fit((yy * xg - xy * yg) / determinant, (xx * yg - xy * xg) / determinant)
+    with np.errstate(invalid="ignore"):  # a round of one distance alone fits no two numbers: nan
+        return _Fit((yy * xg - xy * yg) / determinant, (xx * yg - xy * xg) / determinant)
 
 
 def _slope(fit: _Fit, d: Floats, form: Form) -> Floats:
@@ -197,6 +198,11 @@ def _check(curve: Curve, mean: Means, spread: _Spread) -> None:
         raise UserError(
             f"{curve.name} was evaluated {away} time(s) after its start, but the fit takes {FEWEST};"
             " evaluate more often with eval.points=N."
+        )
+    if not np.nanmax(mean.kl) > 0:
+        raise UserError(
+            f"{curve.name} never left the SFT policy (its KL is never above 0), so there is no distance to"
+            " hold gold against; train it longer."
         )
     if 0.0 in spread:
         raise UserError(

@@ -73,6 +73,11 @@ class Run:
         return hashlib.sha256("".join(found).encode()).hexdigest() if found else ""
 
     @property
+    def stop_request(self) -> Path:
+        """A file that asks whoever builds the run to stop between two steps."""
+        return self.log / "stop"
+
+    @property
     def samples(self) -> Path:
         """Folder of the responses of each evaluation."""
         return self.path / "samples"
@@ -150,6 +155,24 @@ class Run:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.samples.mkdir(exist_ok=True)
         atomic_write(self.samples / f"{step:06d}.jsonl", lines)
+
+    def responses(self, step: int) -> list[dict[str, Any]]:
+        """The evaluated responses of a step, as kept. Raises UserError if they are missing or damaged."""
+        path = self.samples / f"{step:06d}.jsonl"
+        try:
+            # Not splitlines: a response may hold other line separators than the file's own.
+            lines = path.read_text(encoding="utf-8").split("\n")
+            return [json.loads(line) for line in lines if line]
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} is missing, without which nothing is known of single prompts; copy the folder"
+                f" samples of {self.path.name} back, or leave the run out."
+            ) from None
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged ({error}); copy the folder samples of {self.path.name} back, or leave"
+                " the run out."
+            ) from error
 
     def finish(self, **fields: Any) -> None:
         """Say `done`, with the sha256 digests of the metrics, of the report and of the final model."""
