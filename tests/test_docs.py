@@ -295,8 +295,12 @@ def test_every_relative_link_leads_to_a_file(page: str) -> None:
     assert [link for link in local if not ((ROOT / page).parent / link).exists()] == []
 
 
+OURS = ["README.md", "docs/comparing.md"]
+"""Pages that name no metric of their reader's own."""
+
+
 def test_every_metric_that_is_named_is_in_the_vocabulary() -> None:
-    names = (re.findall(r"`((?:eval|train|perf|budget)/\w+)`", text(page)) for page in PAGES)
+    names = (re.findall(r"`((?:eval|train|perf|budget)/\w+)`", text(page)) for page in OURS)
     named = {name for found in names for name in found}
     assert len(named) >= 15
     assert named <= set(VOCABULARY)
