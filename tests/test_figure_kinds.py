@@ -185,7 +185,7 @@ def test_the_bandit_needs_no_runs_and_its_claim_holds() -> None:
     assert result.verdict == "holds"
     assert result.reason == (
         "regret at the start: 0.2919; after 2,000 steps CoPG: 0.0000; IPO: 0.1525; PG, no baseline:"
-        " 0.6378; PG, value baseline: 0.0148 (exact; up to 0.001 counts as none)."
+        " 0.6378; PG, value baseline: 0.0148 (exact, up to 0.001 counts as none)."
     )
     assert len(result.rows) == 4 * 2001
 

@@ -147,7 +147,7 @@ def _judged(bandit: Bandit, curves: Mapping[str, Sequence[float]]) -> tuple[Verd
     agrees = copg <= bandit.none < min(ipo, value) and zero > start
     ends = "; ".join(f"{name}: {curve[-1]:.4f}" for name, curve in curves.items())
     reason = (
-        f"regret at the start: {start:.4f}; after {bandit.steps:,} steps {ends} (exact; up to"
+        f"regret at the start: {start:.4f}; after {bandit.steps:,} steps {ends} (exact, up to"
         f" {bandit.none:g} counts as none)."
     )
     return "holds" if agrees else "does not hold", reason
