@@ -7,6 +7,8 @@ defects and are left alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
@@ -21,12 +23,19 @@ KEYS = {
 """Where to look for keys, by the list of defaults they are composed from."""
 
 
-def of_values(error: ValidationError, prefix: str, root: str = "train") -> UserError:
+def of_values(
+    error: ValidationError, prefix: str, values: Mapping[Any, Any], root: str = "train"
+) -> UserError:
     """Say the first fault that pydantic found in the values under the key `prefix`."""
     fault = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in (prefix, *fault["loc"]) if part != "")
+    key = ".".join(str(part) for part in (prefix, *_keys(fault["loc"], values)) if part != "")
     value = "null" if fault["input"] is None else fault["input"]
     match fault["type"]:
+        case "union_tag_invalid":
+            tag, allowed = fault["ctx"]["tag"], fault["ctx"]["expected_tags"].replace("'", "")
+            return UserError(f"{key}.kind={tag} is not allowed: choose one of {allowed}.")
+        case "union_tag_not_found":
+            return UserError(f"{key}.kind is missing; give it a value with {key}.kind=VALUE.")
         case "missing" | "missing_argument":
             return UserError(f"{key} is missing; give it a value with {key}=VALUE.")
         case "unexpected_keyword_argument":
@@ -41,6 +50,18 @@ def of_values(error: ValidationError, prefix: str, root: str = "train") -> UserE
         case _:
             must = fault["msg"].removeprefix("Input should ").partition(", unable")[0]
     return UserError(f"{key}={value} is not allowed: it must {must}; give another value.")
+
+
+def _keys(path: Sequence[int | str], values: Any) -> Iterator[int | str]:
+    """The keys on the way to a fault: pydantic also names the kind that it took a group of keys for."""
+    for part in path:
+        if isinstance(values, Mapping) and part not in values and values.get("kind") == part:
+            continue
+        yield part
+        if isinstance(values, Mapping):
+            values = values.get(part)
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+            values = values[part]
 
 
 def of_composition(error: Exception, root: str = "train") -> UserError | None:

@@ -262,7 +262,7 @@ def _typed(cls: type, values: dict[Any, Any], prefix: str, root: str = "train") 
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise complaints.of_values(error, prefix, root) from None
+        raise complaints.of_values(error, prefix, values, root) from None
 
 
 def _line(error: Exception) -> str:

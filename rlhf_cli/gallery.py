@@ -129,7 +129,7 @@ def spec(name: str) -> Spec:
     try:
         return TypeAdapter(Spec).validate_python({"name": name, **values})
     except ValidationError as error:
-        raise complaints.of_values(error, name) from None
+        raise complaints.of_values(error, name, values) from None
 
 
 def commands(jobs: Iterable[Job]) -> dict[str, Plan]:

@@ -250,3 +250,38 @@ def test_the_door_opens_without_torch_hydra_or_wandb() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["reward=http", "reward.source.url=x", "reward.source.batch=0"],
+            "reward.source.batch=0 is not allowed: it must be greater than or equal to 1; give another"
+            " value.",
+        ),
+        (
+            ["reward=http", "reward.source.url=x", "reward.source.kind=mail"],
+            "reward.source.kind=mail is not allowed: choose one of learned, gold, function, http, hf, mix.",
+        ),
+        (
+            [
+                "reward=mix",
+                "reward.source.parts=[{weight: 1, source: {kind: function, call: a.b, batch: 0}}]",
+            ],
+            "reward.source.parts.0.source.batch=0 is not allowed: it must be greater than or equal to 1; give"
+            " another value.",
+        ),
+        (
+            ["reward=mix", "reward.source.parts=[{weight: 1, source: {call: a.b}}]"],
+            "reward.source.parts.0.source.kind is missing; give it a value with"
+            " reward.source.parts.0.source.kind=VALUE.",
+        ),
+    ],
+)
+def test_a_fault_in_one_of_several_kinds_is_said_of_the_key_itself(
+    words: list[str], says: str
+) -> None:
+    with pytest.raises(UserError) as fault:
+        recipe(compose(words))
+    assert str(fault.value) == says

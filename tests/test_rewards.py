@@ -24,6 +24,7 @@ from rlhf_cli.models.load import new_reward_model
 from rlhf_cli.models.tokenizer import train_tokenizer
 from rlhf_cli.plan import plan
 from rlhf_cli.recipes import Classifier, Function, Gold, Http, Learned, Model, Part, Scratch, Tuning
+from rlhf_cli.rewards.http import Endpoint
 from rlhf_cli.rewards.written import Scorer, in_batches, numbers, opened
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
@@ -284,6 +285,12 @@ def test_a_classifier_of_two_labels_or_without_a_trained_head_is_refused(
     tokenizer.save_pretrained(tmp_path / "none")
     with pytest.raises(UserError, match=r"lacks score.weight, so it would score at random"):
         alone(model_of(tmp_path / "none"))
+
+
+def test_an_address_that_is_none_is_not_tried_again() -> None:
+    source = Http("http", "localhost:9", None, batch=1, timeout=1.0, retries=9)
+    with pytest.raises(UserError, match=r"^reward\.source\.url=localhost:9 is no address \("):
+        Endpoint(source)(["p"], ["r"])
 
 
 # --- scores that are missing

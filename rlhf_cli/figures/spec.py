@@ -62,4 +62,4 @@ class Spec:
         try:
             return TypeAdapter(kind).validate_python(self.options)
         except ValidationError as error:
-            raise of_values(error, "options") from None
+            raise of_values(error, "options", self.options) from None

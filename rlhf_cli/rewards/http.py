@@ -48,11 +48,13 @@ class Endpoint:
                 time.sleep(min(2.0 ** (attempt - 1), LONGEST_WAIT))
             try:
                 answer = self._client.post(url, json=sent)
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+                raise UserError(
+                    f"reward.source.url={url} is no address ({error}); give one as http://HOST:PORT."
+                ) from error
             except httpx.TransportError as error:
                 fault = f"{type(error).__name__}: {error}".rstrip(": ")
                 continue
-            except httpx.InvalidURL as error:
-                raise UserError(f"reward.source.url={url} is no address ({error}).") from error
             if answer.status_code != 429 and answer.status_code < 500:
                 return self._scores(answer, len(prompts))
             fault = f"status {answer.status_code}"
