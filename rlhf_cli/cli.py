@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast, get_args
 
 import typer
 
@@ -222,15 +222,21 @@ def frontier(
     group: Annotated[
         str, typer.Option(help="Draw the runs of this group; the newest run's by default.")
     ] = "",
+    fit: Annotated[
+        str, typer.Option(help="Line of the rewards: straight or monotone.")
+    ] = "straight",
     out: Annotated[str, typer.Option(help="Files to write, without ending.")] = "",
     runs: Runs = Path("runs"),
 ) -> None:
     """Draw KL against reward, with a line per algorithm."""
     from rlhf_cli.figures import frontier as figure
 
+    if fit not in get_args(figure.Fit):
+        raise UserError(f"--fit={fit} is not allowed: choose straight or monotone.")
     chosen, group = _chosen(runs, run, group)
     command = shlex.join(["rlhf", *sys.argv[1:]])
-    files = figure.frontier(chosen, Path(out or f"figures/{group or 'frontier'}"), command)
+    base = Path(out or f"figures/{group or 'frontier'}")
+    files = figure.frontier(chosen, base, command, cast(figure.Fit, fit))
     for each in chosen:
         print(f"run: {each.path}")
     for kind, path in files.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import stats
 
 from rlhf_cli.errors import UserError
 from rlhf_cli.evals.curves import Curve
-from rlhf_cli.evals.matched import at_kl, differences, holm, matched
+from rlhf_cli.evals.matched import areas, at_kl, differences, holm, matched, reach
 from tests.test_evals_curves import a_curve, a_path
 
 
@@ -150,3 +151,28 @@ def test_an_unknown_baseline_and_a_kl_of_0_are_refused_with_the_fix() -> None:
             "a KL of 0 nats tells no curves apart, as all start from the SFT policy; give KLs above"
             " 0, such as 1,2,5."
         )
+
+
+def test_an_area_is_the_mean_gain_up_to_a_kl() -> None:
+    """A reward of slope times KL gains slope times half of the KL on average, wherever it starts."""
+    curve = together(straight(1, 1, 4), straight(2, 2, 4), straight(3, 3, 4))
+    (found,) = areas([curve], 3)
+    assert (found.curve, found.upto) == ("ppo", 3)
+    assert found.reward is not None and found.gold is not None
+    assert found.reward.value == pytest.approx(2 * 1.5, abs=1e-12)
+    assert found.gold.value == pytest.approx(2 * 2 * 1.5, abs=1e-12)
+    # Means of 1.5, 3 and 4.5: their standard deviation over the root of three, t of two degrees.
+    half = stats.t.ppf(0.975, 2) * 1.5 / math.sqrt(3)
+    assert found.reward.high - found.reward.value == pytest.approx(half, rel=1e-6)
+    raised = replace(curve, paths=tuple(replace(p, reward=p.reward + 7) for p in curve.paths))
+    again = areas([raised], 3)[0].reward
+    assert again is not None and again.value == pytest.approx(found.reward.value, abs=1e-9)
+
+
+def test_a_curve_of_which_a_run_stayed_behind_has_no_area_and_says_how_far_all_came() -> None:
+    near, far = straight(1, 1, 2), together(straight(1, 2, 4), straight(1, 3, 5))
+    assert reach([near, far]) == 2
+    short, long = areas([near, far], 3)
+    assert short.reward is None and short.gold is None and long.reward is not None
+    with pytest.raises(UserError, match="a KL of 0 nats"):
+        areas([near], 0)

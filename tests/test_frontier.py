@@ -175,3 +175,52 @@ def test_a_figure_is_made_without_torch_transformers_and_wandb(root: Path) -> No
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == "[]"
+
+
+def test_marks_that_no_other_dominates_are_told(tmp_path: Path) -> None:
+    """One algorithm pays twice the KL of the other for the same reward; both start from the same point."""
+    runs = [
+        a_run(tmp_path, algo, seed=1, rows=[(step, kl * step, float(step)) for step in (0, 1, 2)])
+        for algo, kl in (("ppo", 2.0), ("p3o_v2", 1.0))
+    ]
+    rows = rows_of(frontier(runs, tmp_path / "f", "rlhf frontier")["csv"])
+    free = {(r["curve"], r["step"]): r["pareto_reward"] for r in rows if r["mark"] == "point"}
+    assert free == {
+        ("p3o_v2", "0"): "True", ("p3o_v2", "1"): "True", ("p3o_v2", "2"): "True",
+        ("ppo", "0"): "True", ("ppo", "1"): "False", ("ppo", "2"): "False",
+    }  # fmt: skip
+    assert {r["pareto_gold"] for r in rows} == {"False"}  # there is none
+
+
+def test_what_was_gained_by_the_kl_that_all_reached_is_beside_the_lines(tmp_path: Path) -> None:
+    """The score gains a fifth of the KL and gold loses a tenth: 1 and -1/2 on average over 10 nats."""
+    runs = [a_run(tmp_path, "ppo", seed=seed) for seed in (1, 2)]
+    for run in runs:
+        for step in (0, 5, 10):
+            rows = [
+                {
+                    "prompt": f"p{i}",
+                    "response": " Yes.",
+                    "kl": step + i - 1,
+                    "length": 4.0,
+                    "ended": 1.0,
+                }
+                | {"score": step / 5 + i, "gold": i - step / 10}
+                for i in range(3)
+            ]
+            run.keep_samples(step, rows)
+    (fit,) = rows_of(frontier(runs, tmp_path / "f", "rlhf frontier")["fit"])
+    assert float(fit["area_upto"]) == 10
+    for name, gain in {"reward": 1.0, "gold": -0.5}.items():
+        value, low, high = (float(fit[f"{name}_area{end}"]) for end in ("", "_low", "_high"))
+        assert low <= value == pytest.approx(gain, abs=1e-9) and value <= high
+
+
+def test_a_curve_may_be_summed_up_by_what_never_falls(tmp_path: Path) -> None:
+    """Rewards 0, 2, 1 at KLs 0, 1, 2: the nearest that never falls is 0, 1.5, 1.5."""
+    run = a_run(tmp_path, "ppo", seed=1, rows=[(0, 0.0, 0.0), (1, 1.0, 2.0), (2, 2.0, 1.0)])
+    figure = draw(points([run]), "monotone")
+    lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 3]
+    assert any(np.allclose(line.get_ydata(), [0, 1.5, 1.5]) for line in lines)
+    text = " ".join(t.get_text() for legend in figure.legends for t in [legend.get_title()])
+    assert "least squares that never fall" in text

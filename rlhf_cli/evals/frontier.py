@@ -60,7 +60,7 @@ def pareto(points: ArrayLike) -> NDArray[np.bool_]:
 
     points: [M,2] of KL and y. Returns [M]; the same point twice is in or out twice.
     """
-    kl, y = np.asarray(points, dtype=np.float64).T
+    kl, y = np.asarray(points, dtype=np.float64).reshape(-1, 2).T
     as_good = (kl <= kl[:, None]) & (y >= y[:, None])
     better = (kl < kl[:, None]) | (y > y[:, None])
     free: NDArray[np.bool_] = ~(as_good & better).any(axis=1)

@@ -20,6 +20,8 @@ from rlhf_cli.evals.curves import Curve, Floats, Ints, Means, Path, mean_of_know
 
 KLS = (1.0, 2.0, 5.0, 10.0)
 """Nats."""
+STRIPS = 20
+"""Of an area; more change it by less than its interval's last digit."""
 
 Measure: TypeAlias = Literal["reward", "gold"]
 MEASURES: tuple[Measure, ...] = ("reward", "gold")
@@ -111,6 +113,45 @@ def differences(curves: Sequence[Curve], kls: Sequence[float], baseline: str) ->
     ]
 
 
+@dataclass(frozen=True)
+class Area:
+    """What a curve gained over the SFT policy for a KL budget that is anywhere up to `upto`."""
+
+    curve: str
+    upto: float
+    """Nats."""
+    reward: Interval | None
+    """None if a run did not reach that far; so is `gold`, which is also None where the data have none."""
+    gold: Interval | None
+
+
+def areas(curves: Sequence[Curve], upto: float) -> list[Area]:
+    """The mean gain of every curve over KLs up to `upto`, each as likely, with intervals of 95%.
+
+    The area under the curve of gains, over `upto`, by the midpoints of `STRIPS` strips. Raises UserError for
+    a KL that is not above 0.
+    """
+    (upto,) = _positive([upto])
+    middles = (np.arange(STRIPS) + 0.5) * upto / STRIPS
+
+    def gained(m: Sequence[Means]) -> Floats:
+        level = sum(_levels(m[0], kl) for kl in middles) / STRIPS
+        start = np.stack([mean_of_known(y[..., 0]) for y in (m[0].reward, m[0].gold)], -1)
+        return level - start
+
+    found = []
+    for curve in curves:
+        whole = len(_arrived(curve, upto).paths) == len(curve.paths)
+        both = dict(_known(intervals(gained, [curve]))) if whole else {}
+        found.append(Area(curve.name, upto, both.get("reward"), both.get("gold")))
+    return found
+
+
+def reach(curves: Sequence[Curve]) -> float:
+    """The largest KL that every run of every curve has reached, in nats."""
+    return min(float(path.kl.mean(axis=1).max()) for curve in curves for path in curve.paths)
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """Correct p values for being looked at together, in their order (Holm 1979).
 
@@ -173,15 +214,15 @@ class _Crossing(NamedTuple):
 
 
 def _crossing(kl: ArrayLike, target: float) -> _Crossing:
-    """Where KLs [...,K] that start below the target first reach it."""
+    """Where KLs [...,K] first reach the target: at once, where the first one is not below it."""
     level = np.asarray(kl, dtype=np.float64)
     above = level >= target
     high = above.argmax(axis=-1)
     low = np.maximum(high - 1, 0)
     before, after = (np.take_along_axis(level, i[..., None], -1)[..., 0] for i in (low, high))
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = np.where(above.any(axis=-1), (target - before) / (after - before), np.nan)
-    return _Crossing(low, high, share)
+        way = np.where(high == 0, 1.0, (target - before) / (after - before))
+    return _Crossing(low, high, np.where(above.any(axis=-1), way, np.nan))
 
 
 def _positive(kls: Sequence[float]) -> Sequence[float]:
