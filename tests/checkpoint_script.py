@@ -69,7 +69,7 @@ def main(folder: str, read: str = "") -> None:
         if not read:
             gone_on = learner(world, zero, precision, seed=0)
             go_on(gone_on, world, 3)
-            checkpoint.save(place, gone_on, world, {"mean": torch.ones(2)}, {"wall": 1.5})
+            checkpoint.save(place, gone_on, world, {"mean": torch.ones(2)}, {"wall": 1.5}, 2)
             found[name] = [digest(gone_on)]
             go_on(gone_on, world, 3)
             found[name].append(digest(gone_on))

@@ -87,7 +87,7 @@ def saved(folder: Path) -> None:
     one = learner(world, 0, "fp32", 0)
     for _ in range(3):
         go_on(one, world, 1)
-        checkpoint.save(folder, one, world, {}, {})
+        checkpoint.save(folder, one, world, {}, {}, keep=2)
 
 
 def test_the_two_newest_stay(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"^cannot write .*000004.*disk.*full"):
-        checkpoint.save(tmp_path, one, start(60), {}, {})
+        checkpoint.save(tmp_path, one, start(60), {}, {}, keep=2)
     assert [path.name for path in checkpoint.whole(tmp_path)] == ["000002", "000003"]
 
 

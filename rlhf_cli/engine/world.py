@@ -75,16 +75,14 @@ def start(timeout: int) -> World:
         # DeepSpeed would compile a shared-memory all-reduce at first use, half a minute wherever there
         # is a compiler and another sum wherever there is none; gloo serves everywhere.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(free_port())
-    if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo",
-            timeout=timedelta(seconds=timeout),
-            verbose=False,
-        )
-    local = int(os.environ["LOCAL_RANK"])
+    backend, patience = "nccl" if cuda else "gloo", timedelta(seconds=timeout)
+    if "RANK" not in os.environ and not dist.is_initialized():
+        # Nobody to meet, so no port that another run may take between its choice and its use. RANK stays
+        # unset: whoever this process starts has a world of its own.
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=patience, store=alone, rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed will look for it
     if cuda:
         torch.cuda.set_device(local)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
