@@ -1,5 +1,5 @@
 # One line each; anything with a condition belongs in Python.
-.PHONY: help install demo figures test check mutants algorithms clean
+.PHONY: help install demo figures test faults check mutants algorithms clean
 export OMP_NUM_THREADS ?= 2
 BIN := .venv/bin
 
@@ -19,6 +19,9 @@ figures: install ## make what is missing of all figures' runs (hours), then draw
 
 test: install ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: install ## stop and kill launched runs, and see that nothing is lost
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 
 check: install ## lint, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -228,7 +228,8 @@ def test_frontier_draws_the_newest_group_unless_told(
 
     drawn: list[tuple[list[str], Path]] = []
 
-    def frontier(runs: list[Run], out: Path, command: str) -> dict[str, Path]:
+    def frontier(runs: list[Run], out: Path, command: str, fit: str) -> dict[str, Path]:
+        assert fit == "straight"
         drawn.append(([run.key for run in runs], out))
         return {"png": Path(f"{out}.png"), "csv": Path(f"{out}.csv")}
 

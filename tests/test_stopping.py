@@ -127,6 +127,7 @@ def test_a_signal_stops_a_run_between_two_steps_and_the_same_command_goes_on(
         goes_on_like_its_twin(folder, parents)
 
 
+@pytest.mark.faults
 def test_two_launched_processes_stop_at_one_step_and_leave_nobody_behind(
     started: Callable[..., tuple[Path, subprocess.Popen[str]]], parents: Path
 ) -> None:
@@ -152,7 +153,13 @@ def test_a_second_signal_is_obeyed_at_once(
     assert the_run(folder).status() == "interrupted"
 
 
-@pytest.mark.parametrize("words", [[], TWO], ids=["one process", "two launched"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param([], id="one process"),
+        pytest.param(TWO, id="two launched", marks=pytest.mark.faults),
+    ],
+)
 def test_a_driver_that_is_killed_leaves_no_worker_no_lock_and_no_finished_run(
     started: Callable[..., tuple[Path, subprocess.Popen[str]]], parents: Path, words: list[str]
 ) -> None:
@@ -170,6 +177,7 @@ def test_a_driver_that_is_killed_leaves_no_worker_no_lock_and_no_finished_run(
     goes_on_like_its_twin(folder, parents, *words, exact=not words)
 
 
+@pytest.mark.faults
 def test_one_rank_that_is_killed_ends_the_run_with_the_log_and_the_way_on(
     started: Callable[..., tuple[Path, subprocess.Popen[str]]], parents: Path
 ) -> None:
