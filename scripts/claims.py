@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
 HEAD = """# Claims of the papers, and what was found
 
 Written by `python scripts/claims.py` from the files beside the figures. A claim holds if the 95% interval of
@@ -27,13 +28,12 @@ models a thousand times larger. No setting was changed after a verdict was seen.
 def page(found: Sequence[Mapping[str, Any]]) -> str:
     """The page, its figures in the order of their names."""
     count = Counter(each["verdict"] for each in found)
-    told = ", ".join(f"{count[v]} {v}" for v in ("holds", "does not hold", "open"))
-    rows = [
-        f"Of {len(found)} figures: {told}.",
-        "",
-        "| figure | verdict | source |",
-        "|---|---|---|",
-    ]
+    told = ", ".join(
+        f"{verdict} {count[verdict]}" for verdict in ("holds", "does not hold", "open")
+    )
+    every = len(list((ROOT / "conf" / "figure").glob("*.yaml")))
+    rows = [f"{len(found)} of {every} figures have their runs so far: {told}.", ""]
+    rows += ["| figure | verdict | source |", "|---|---|---|"]
     rows += [f"| [{e['figure']}](#{e['figure']}) | {e['verdict']} | {e['source']} |" for e in found]
     return "\n".join([HEAD, *rows, "", *map(section, found)])
 
