@@ -134,7 +134,7 @@ def read(file: Path, drops: Drops) -> Iterator[Row]:
     reader = next((how for suffix, how in READERS.items() if file.name.endswith(suffix)), None)
     if reader is None:
         raise UserError(f"{file} is of no kind that is read; give {', '.join(SUFFIXES)}.")
-    empty = True
+    empty, before = True, {cause: len(rows) for cause, rows in drops.causes.items()}
     try:
         for row in reader(file, drops):
             empty = False
@@ -142,7 +142,9 @@ def read(file: Path, drops: Drops) -> Iterator[Row]:
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(file, error) from error
     if empty:
-        raise UserError(f"{file} holds no usable row; give a file with rows.")
+        found = ((cause, rows[before.get(cause, 0) :]) for cause, rows in drops.causes.items())
+        why = next((f" ({cause} at {new[0]})" for cause, new in found if new), "")
+        raise UserError(f"{file} holds no usable row{why}; give a file with rows.")
 
 
 def read_hub(
