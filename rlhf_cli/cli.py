@@ -41,6 +41,11 @@ HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Runs = Annotated[Path, typer.Option("--runs", envvar="RLHF_RUNS", help="Where runs are kept.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Out = Annotated[str, typer.Option(help="Files to write, without ending.")]
+RunWords = Annotated[
+    Optional[list[str]],  # noqa: UP045 - older typer cannot read `list[str] | None`
+    typer.Argument(help="Runs by directory, name or key; all of a group if none is given."),
+]
 DataWords = Annotated[
     Optional[list[str]],  # noqa: UP045 - older typer cannot read `list[str] | None`
     typer.Argument(
@@ -215,17 +220,14 @@ def plan(context: typer.Context) -> None:
 
 @app.command()
 def frontier(
-    run: Annotated[
-        Optional[list[str]],  # noqa: UP045 - older typer cannot read `list[str] | None`
-        typer.Argument(help="Runs by directory, name or key; all of a group if none is given."),
-    ] = None,
+    run: RunWords = None,
     group: Annotated[
         str, typer.Option(help="Draw the runs of this group; the newest run's by default.")
     ] = "",
     fit: Annotated[
         str, typer.Option(help="Line of the rewards: straight or monotone.")
     ] = "straight",
-    out: Annotated[str, typer.Option(help="Files to write, without ending.")] = "",
+    out: Out = "",
     runs: Runs = Path("runs"),
 ) -> None:
     """Draw KL against reward, with a line per algorithm."""
@@ -234,9 +236,8 @@ def frontier(
     if fit not in get_args(figure.Fit):
         raise UserError(f"--fit={fit} is not allowed: choose straight or monotone.")
     chosen, group = _chosen(runs, run, group)
-    command = shlex.join(["rlhf", *sys.argv[1:]])
     base = Path(out or f"figures/{group or 'frontier'}")
-    files = figure.frontier(chosen, base, command, cast(figure.Fit, fit))
+    files = figure.frontier(chosen, base, _command(), cast(figure.Fit, fit))
     for each in chosen:
         print(f"run: {each.path}")
     for kind, path in files.items():
@@ -308,8 +309,7 @@ def evaluate(
     from rlhf_cli import listing
     from rlhf_cli.remeasure import remeasure
 
-    command = shlex.join(["rlhf", *sys.argv[1:]])
-    found = remeasure(runs, policy, like, draws, command)
+    found = remeasure(runs, policy, like, draws, _command())
     shown = listing.details(found.run)
     if as_json:
         _print_json(shown)
@@ -322,10 +322,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    run: Annotated[
-        Optional[list[str]],  # noqa: UP045 - as above
-        typer.Argument(help="Runs by directory, name or key; all of a group if none is given."),
-    ] = None,
+    run: RunWords = None,
     group: Annotated[
         str, typer.Option(help="Compare the runs of this group; the newest run's by default.")
     ] = "",
@@ -336,7 +333,7 @@ def compare(
         str,
         typer.Option(help="Compare at these KLs too (1,2,5), against the curve of the first run."),
     ] = "",
-    out: Annotated[str, typer.Option(help="Files to write, without ending.")] = "",
+    out: Out = "",
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
@@ -346,8 +343,7 @@ def compare(
 
     chosen, _ = _chosen(runs, run, group)
     compared = comparison.compare(chosen, force, _kls(kl))
-    command = shlex.join(["rlhf", *sys.argv[1:]])
-    files = comparison.write(compared, Path(out), command) if out else {}
+    files = comparison.write(compared, Path(out), _command()) if out else {}
     if as_json:
         _print_json({name: grid.plain(found) for name, found in compared.grids.items()})
         return
@@ -362,10 +358,7 @@ def compare(
 
 @app.command()
 def report(
-    run: Annotated[
-        Optional[list[str]],  # noqa: UP045 - as above
-        typer.Argument(help="Runs by directory, name or key; all of a group if none is given."),
-    ] = None,
+    run: RunWords = None,
     group: Annotated[
         str, typer.Option(help="Report on the runs of this group; the newest run's by default.")
     ] = "",
@@ -379,7 +372,7 @@ def report(
     from rlhf_cli.report import page
 
     chosen, _ = _chosen(runs, run, group)
-    file = page.write(chosen, out, _kls(kl), shlex.join(["rlhf", *sys.argv[1:]]))
+    file = page.write(chosen, out, _kls(kl), _command())
     print(f"page: {file}")
     print("next: open the page, rlhf compare --out tables/NAME, rlhf winrate --help")
 
@@ -396,7 +389,7 @@ def winrate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say how many calls a judge would take.")
     ] = False,
-    out: Annotated[str, typer.Option(help="Files to write, without ending.")] = "",
+    out: Out = "",
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
@@ -706,6 +699,11 @@ def _planned(words: Sequence[str]) -> list[Plan]:
     if jobs:
         _console().print(planning.describe(*jobs))
     return jobs
+
+
+def _command() -> str:
+    """What was typed."""
+    return shlex.join(["rlhf", *sys.argv[1:]])
 
 
 def _typed(words: str | None) -> str | None:

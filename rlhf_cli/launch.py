@@ -11,12 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import cast
 
 from omegaconf import OmegaConf
 
@@ -157,6 +155,7 @@ def _launch(run: Run, processes: int) -> None:
     The launcher and its workers get a process group of their own: a signal to the launcher alone
     would leave the workers running.
     """
+    from rlhf_cli.engine.stop import first_signal
     from rlhf_cli.engine.world import free_port
     from rlhf_cli.worker import DRIVER, SAID, driver
 
@@ -170,7 +169,8 @@ def _launch(run: Run, processes: int) -> None:
     environment = {**_environment(processes), DRIVER: driver()}
     child = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        with _passed_on(run.stop_request):
+        # Asked by a file: DeepSpeed's launcher would end its workers at once, and other hosts hear nothing.
+        with first_signal(lambda _: run.stop_request.touch(), tell=True):
             code = child.wait()
     finally:
         _end(child)
@@ -182,28 +182,6 @@ def _launch(run: Run, processes: int) -> None:
             f"a worker of {run.path} ended with code {code}; see {run.log}/rank_*.txt, and give the "
             "same command again to go on from the last checkpoint"
         )
-
-
-@contextmanager
-def _passed_on(file: Path) -> Iterator[None]:
-    """Asks the workers to stop at the first signal; the second one is obeyed as if nobody had listened.
-
-    By a file, since DeepSpeed's launcher would end them at once, and those of other hosts hear nothing.
-    """
-    from rlhf_cli.engine.stop import SIGNALS
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, before[signal.Signals(number)])
-        file.touch()
-        name = signal.Signals(number).name
-        print(f"\n{name}: stopping after this step; again to leave at once", file=sys.stderr)
-
-    before: dict[signal.Signals, Any] = {each: signal.signal(each, ask) for each in SIGNALS}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def _environment(processes: int) -> dict[str, str]:

@@ -50,7 +50,8 @@ def work(path: Path) -> None:
     world = start(typed.launch.timeout)
     _log_to(run.log / f"rank_{world.rank}.txt")
     title = {"sft": "sft", "reward": "reward model", "rl": typed.name}[typed.stage]
-    with Progress(title, world.is_main) as progress, Stop(world, run.stop_request) as stop:
+    stopping = Stop(world, run.stop_request).listening()
+    with Progress(title, world.is_main) as progress, stopping as stop:
         corpus = corpus_of(cast(Hashable, typed.data))
         if world.is_main:
             _note_data(run, typed, corpus)

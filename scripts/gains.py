@@ -9,7 +9,6 @@ algorithm are one line: each prompt's difference is averaged over them first.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -19,14 +18,14 @@ from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
 
 
-def column(path: Path, name: str) -> list[float]:
+def column(run: Run, step: int, name: str) -> list[float]:
     """One field of the samples of an evaluation, prompt by prompt."""
-    return [json.loads(line)[name] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row[name] for row in run.responses(step)]
 
 
-def ends(run: Run) -> tuple[Path, Path]:
-    """The samples of the first and of the last evaluation."""
-    first, *_, last = sorted(run.samples.glob("*.jsonl"))
+def ends(run: Run) -> tuple[int, int]:
+    """The steps of the first and of the last evaluation."""
+    first, *_, last = sorted(int(file.stem) for file in run.samples.glob("*.jsonl"))
     return first, last
 
 
@@ -38,14 +37,14 @@ def row(run: Run) -> str:
     cells = [manifest["algo"], manifest["seed"], manifest["key"]]
     cells += [f"{end['eval/kl']:.2f} ± {end['eval/kl_se']:.2f}"]
     for name in ("score", "gold"):
-        gained = paired_difference(column(last, name), column(first, name))
+        gained = paired_difference(column(run, last, name), column(run, first, name))
         cells += [f"{gained.mean:+.2f} ± {gained.se:.2f}", f"{gained.z:.1f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def averaged(runs: list[Run], place: int, name: str) -> list[float]:
     """A field prompt by prompt, averaged over runs; place 0 is the first evaluation, 1 the last."""
-    columns = [column(ends(run)[place], name) for run in runs]
+    columns = [column(run, ends(run)[place], name) for run in runs]
     return [sum(values) / len(values) for values in zip(*columns, strict=True)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli.errors import UserError
-from rlhf_cli.evals.budget import Budget, budget_of, tried
+from rlhf_cli.evals.budget import Budget, budget_of, stored, tried
 from rlhf_cli.evals.comparison import HOW_TO_READ, compare, write
 from rlhf_cli.evals.grid import Cell
 from rlhf_cli.store.metrics import Ledger
@@ -88,14 +88,14 @@ def test_settings_are_counted_once_over_seeds_measures_versions_and_whatever_bec
     tmp_path: Path,
 ) -> None:
     first = a_run(tmp_path, "ppo", seed=1)
-    assert tried(tmp_path, first) == 1
+    assert tried(stored(tmp_path), first) == 1
     a_run(tmp_path, "ppo", seed=2)
     a_run(tmp_path, "ppo", seed=1, science=science("ppo", eval={"points": 4}, revision=3))
-    assert tried(tmp_path, first) == 1
+    assert tried(stored(tmp_path), first) == 1
     a_run(tmp_path, "ppo", seed=1, hyper={"beta": 0.2})
     a_run(tmp_path, "ppo", seed=1, hyper={"beta": 0.4}).fail("it diverged")
     a_run(tmp_path, "ppo", seed=1, science=science("ppo", rollout={"temperature": 0.7}))
-    assert tried(tmp_path, first) == 4
+    assert tried(stored(tmp_path), first) == 4
 
 
 def test_settings_of_other_algorithms_data_models_and_parents_do_not_count(tmp_path: Path) -> None:
@@ -106,10 +106,10 @@ def test_settings_of_other_algorithms_data_models_and_parents_do_not_count(tmp_p
     a_run(tmp_path, "ppo", seed=1, hyper=other, model="pythia_1b")
     a_run(tmp_path, "ppo", seed=1, hyper=other, parents={"sft": "cccc", "reward": "bbbb"})
     a_run(tmp_path, "ppo", seed=1, hyper=other, parents={"sft": "aaaa", "reward": "dddd"})
-    assert tried(tmp_path, first) == 1
+    assert tried(stored(tmp_path), first) == 1
     guided = {"sft": "aaaa", "reward": "bbbb", "guide": "eeee"}
     a_run(tmp_path, "ppo", seed=1, hyper=other, parents=guided)
-    assert tried(tmp_path, first) == 2
+    assert tried(stored(tmp_path), first) == 2
 
 
 # --- what is refused

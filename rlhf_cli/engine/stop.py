@@ -11,8 +11,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from rlhf_cli.engine.world import World
@@ -23,36 +25,48 @@ DEADLINE = "RLHF_DEADLINE"
 """Variable of the environment: seconds since the epoch after which to stop."""
 
 
+@contextmanager
+def first_signal(hear: Callable[[signal.Signals], None], tell: bool) -> Iterator[None]:
+    """Hands the first of each of `SIGNALS` to `hear` and, if `tell`, says so; the second is obeyed.
+
+    Only the main thread of a process can listen.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        heard = signal.Signals(number)
+        signal.signal(heard, before[heard])
+        hear(heard)
+        if tell:
+            print(
+                f"\n{heard.name}: stopping after this step; again to leave at once", file=sys.stderr
+            )
+
+    before: dict[signal.Signals, Any] = {each: signal.signal(each, ask) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 class Stop:
-    """Listens while it is entered."""
+    """What a run's loops ask."""
 
     def __init__(self, world: World, file: Path) -> None:
         self._world, self._file = world, file
         self._heard: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._hear) for each in SIGNALS}
-        return self
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Takes a signal for the wish to stop as long as this is entered."""
+        with first_signal(self._hear, tell=self._world.is_main):
+            yield self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard = signal.Signals(number)
-        signal.signal(number, self._before[self._heard])
-        if self._world.is_main:
-            print(
-                f"\n{self._heard.name}: stopping after this step; again to leave at once",
-                file=sys.stderr,
-            )
+    def _hear(self, heard: signal.Signals) -> None:
+        self._heard = heard
 
     def asked(self) -> str:
         """Why, in a word; empty if nobody asks. All processes must call it together."""

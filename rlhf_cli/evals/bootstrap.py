@@ -87,7 +87,7 @@ def intervals(
     """The same for a statistic of several numbers, [...,V]: V intervals from one set of rounds."""
     whole = [means(curve) for curve in curves]
     value = statistic(whole)
-    draws = _draws(tuple(curves[0].paths[0].prompts), rounds, seed)
+    draws = _draws(curves[0].paths[0].prompts, rounds, seed)
     resampled = statistic([means(curve, draws) for curve in curves])
     errors = [_Error(_variance(resampled), max(draws.shape[1] - 1, 1))]
     errors += _seed_errors(statistic, curves, whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,18 @@ def budget_of(run: Run) -> Budget:
     )
 
 
-def tried(root: Path, run: Run) -> int:
-    """How many settings of the run's algorithm the store below `root` holds on the same footing.
+def stored(root: Path) -> list[dict[str, Any]]:
+    """The manifests of all runs below `root`."""
+    return [run.manifest() for run in all_runs(root)]
+
+
+def tried(manifests: Sequence[dict[str, Any]], run: Run) -> int:
+    """How many settings of the run's algorithm a store with these manifests holds on the same footing.
 
     That is: for the same data, model, SFT policy and reward model, whatever became of the run. Seeds
     of one setting count once. A store knows nothing of what was deleted or tried elsewhere.
     """
     mine = _footing(run.manifest())
-    manifests = (each.manifest() for each in all_runs(root))
     return len({_setting(each) for each in manifests if _footing(each) == mine})
 
 

@@ -12,11 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_cli.errors import UserError
 from rlhf_cli.evals import grid
 from rlhf_cli.evals.bootstrap import Interval
-from rlhf_cli.evals.budget import Budget, budget_of, tried
+from rlhf_cli.evals.budget import Budget, budget_of, stored, tried
 from rlhf_cli.evals.curves import curves as curves_of
 from rlhf_cli.evals.grid import Cell, Grid
 from rlhf_cli.evals.matched import Difference, Matched, Measure, differences, matched
@@ -114,8 +115,10 @@ def compare(runs: Sequence[Run], force: bool = False, kls: Sequence[float] = ())
     curves: dict[str, list[Run]] = defaultdict(list)
     for run in compared:
         curves[last[run.key].curve].append(run)
+    stores = {root: stored(root) for root in {_root(run) for run in compared}}
     rows = tuple(
-        _row(name, mine, [last[run.key] for run in mine]) for name, mine in sorted(curves.items())
+        _row(name, mine, [last[run.key] for run in mine], stores[_root(mine[0])])
+        for name, mine in sorted(curves.items())
     )
     first = last[compared[0].key]
     title = f"{first.title} · {first.model} · {first.prompts} held-out prompts"
@@ -166,7 +169,14 @@ def _facts(run: Run) -> Facts:
     yield EPISODES, int(budget_of(run).episodes)
 
 
-def _row(curve: str, runs: Sequence[Run], ends: Sequence[Point]) -> Row:
+def _root(run: Run) -> Path:
+    """The store that it is kept in."""
+    return run.path.absolute().parents[1]
+
+
+def _row(
+    curve: str, runs: Sequence[Run], ends: Sequence[Point], store: Sequence[dict[str, Any]]
+) -> Row:
     spent = [asdict(budget_of(run)) for run in runs]
     mean = {name: mean_and_se([each[name] for each in spent]).mean for name in spent[0]}
     return Row(
@@ -175,7 +185,7 @@ def _row(curve: str, runs: Sequence[Run], ends: Sequence[Point]) -> Row:
         kl=_level([(end.kl, end.kl_se) for end in ends]),
         proxy=_level([(end.reward, end.reward_se) for end in ends]),
         gold=_level([(end.gold, end.gold_se) for end in ends]),
-        tried=tried(runs[0].path.absolute().parents[1], runs[0]),
+        tried=tried(store, runs[0]),
         budget=Budget(**mean),
     )
 

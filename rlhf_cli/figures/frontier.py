@@ -70,7 +70,7 @@ def frontier(
 
 def draw(table: Sequence[Point], fit: Fit = "straight") -> Figure:
     """The figure itself: one panel for the learned reward, one more where there is gold."""
-    panels = [y for y in PANELS if any(math.isfinite(getattr(p, y)) for p in table)]
+    panels = measured(table)
     with rc_context(RC):
         figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1] + 0.6), layout="constrained")
         row = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -84,6 +84,11 @@ def draw(table: Sequence[Point], fit: Fit = "straight") -> Figure:
             ncols=2 * len(panels),
         )
     return figure
+
+
+def measured(table: Sequence[Point]) -> list[str]:
+    """Which of `PANELS` any evaluation has."""
+    return [y for y in PANELS if any(math.isfinite(getattr(p, y)) for p in table)]
 
 
 def panel(axes: Axes, table: Sequence[Point], y: str, fit: Fit = "straight") -> None:

@@ -7,7 +7,7 @@ key is part of the text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib import rc_context
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf_cli.evals.table import Point, SeedMean, seed_means
-from rlhf_cli.figures.frontier import PANELS, panel
+from rlhf_cli.figures.frontier import PANELS, measured, panel
 from rlhf_cli.figures.inline import INLINE
 from rlhf_cli.figures.style import styles
 
@@ -25,29 +25,25 @@ SWATCH = (0.42, 0.14)
 """Inches of a line and a marker in the text."""
 
 
-def measured(table: Sequence[Point]) -> list[str]:
-    """Which of `PANELS` any evaluation has."""
-    return [y for y in PANELS if any(math.isfinite(getattr(p, y)) for p in table)]
-
-
 def frontiers(table: Sequence[Point]) -> dict[str, Figure]:
     """The panels of the frontier, by what is on their y axis."""
-    drawn = {}
-    for y in measured(table):
-        figure, axes = _blank()
-        with rc_context(INLINE):
-            panel(axes, table, y)
-        drawn[PANELS[y]] = figure
-    return drawn
+    return _each(table, panel)
 
 
 def distances(table: Sequence[Point]) -> dict[str, Figure]:
     """Both rewards against the square root of the KL, means over seeds joined in order of their steps."""
+    return _each(table, _distance)
+
+
+def _each(
+    table: Sequence[Point], draw: Callable[[Axes, Sequence[Point], str], None]
+) -> dict[str, Figure]:
+    """A figure for each reward that there is."""
     drawn = {}
     for y in measured(table):
-        figure, axes = _blank()
         with rc_context(INLINE):
-            _distance(axes, table, y)
+            figure = Figure(figsize=SIZE, layout="constrained")
+            draw(figure.subplots(), table, y)
         drawn[PANELS[y]] = figure
     return drawn
 
@@ -57,12 +53,6 @@ def swatches(table: Sequence[Point]) -> dict[str, Figure]:
     return {
         curve: _swatch(look) for curve, look in styles({p.curve: p.algo for p in table}).items()
     }
-
-
-def _blank() -> tuple[Figure, Axes]:
-    with rc_context(INLINE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        return figure, figure.subplots()
 
 
 def _distance(axes: Axes, table: Sequence[Point], y: str) -> None:

@@ -60,7 +60,10 @@ class Evaluator:
         draws: responses to each prompt; the first of each is the one that every evaluation draws.
         """
         prompts = self.corpus.pinned(self.recipe.eval.prompts)
-        drawn = [self._drawn(actor, prompts, place) for place in range(draws)]
+        encoder = Encoder.of(self.collector.tokenizer, self.recipe.data)
+        both = zip(encoder.prompts(prompts), prompts, strict=True)
+        asked = [Asked(ids, text=text) for ids, text in both]
+        drawn = [self._drawn(actor, asked, place) for place in range(draws)]
         texts = [response for _, responses in drawn for response in responses]
         columns = {name: torch.stack([each[name] for each, _ in drawn], 1) for name in drawn[0][0]}
         kl_k3 = columns.pop("kl_k3")
@@ -77,17 +80,13 @@ class Evaluator:
         return {**summary, "eval/kl_k3": float(kl_k3.mean())}, rows
 
     def _drawn(
-        self, actor: Actor, prompts: Sequence[str], place: int
+        self, actor: Actor, asked: list[Asked], place: int
     ) -> tuple[dict[str, Tensor], list[str]]:
         """What is known of one response to each prompt, [P] each, and the responses."""
-        world = self.collector.world
-        encoder = Encoder.of(self.collector.tokenizer, self.recipe.data)
-        both = zip(encoder.prompts(prompts), prompts, strict=True)
-        ids = [Asked(each, text=text) for each, text in both]
         # Processes share prompts evenly: the last one is repeated as often as that takes.
-        padded = ids + ids[-1:] * (-len(ids) % world.size)
+        padded = asked + asked[-1:] * (-len(asked) % self.collector.world.size)
         rollout, _ = self.collector.collect(actor, padded, Sampling(policy=1), "eval", place)
-        rollout = rollout.take(torch.arange(len(ids), device=rollout.mask.device))
+        rollout = rollout.take(torch.arange(len(asked), device=rollout.mask.device))
         assert rollout.logp_ref is not None
         flat = (rollout.logp_old[:, 0], rollout.logp_ref[:, 0], rollout.mask[:, 0])
         kl = kl_estimates(*flat)
@@ -107,7 +106,7 @@ class Evaluator:
         if rollout.reward is not None:
             columns["gold"] = columns["score"]  # what a task pays is no proxy of anything
         elif self.corpus.gold is not None:
-            columns["gold"] = torch.tensor(self.corpus.gold(prompts, responses))
+            columns["gold"] = torch.tensor(self.corpus.gold([a.text for a in asked], responses))
         return columns, responses
 
     def _health(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from rlhf_cli.evals.curves import Curve, Floats, Means, curves, mean_of_known, m
 from rlhf_cli.evals.matched import Measure, differences
 from rlhf_cli.evals.table import Point, check_comparable, points
 from rlhf_cli.figures.claims import Part, judge
-from rlhf_cli.figures.frontier import PANELS, panel, reading, rows
+from rlhf_cli.figures.frontier import measured, panel, reading, rows
 from rlhf_cli.figures.result import Result
 from rlhf_cli.figures.spec import Spec
 from rlhf_cli.figures.style import PANEL, RC, styles
@@ -115,7 +115,7 @@ def _lines(made: Panel) -> Iterator[dict[str, Any]]:
 
 
 def _figure(title: str, made: Sequence[Panel]) -> Figure:
-    ys = [y for y in PANELS if any(np.isfinite(getattr(p, y)) for m in made for p in m.points)]
+    ys = measured([point for each in made for point in each.points])
     if not ys:
         raise UserError("no run of this figure has been evaluated yet; make its runs with --run.")
     with rc_context(RC):
