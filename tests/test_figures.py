@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,28 @@ def test_a_range_over_seeds_alone_is_that_of_student(store: Path) -> None:
     low, high = stats.t.interval(0.95, 2, sum(last) / 3, stats.sem(last))
     row = drawn(exhibit).rows[-1]
     assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_single_responses_give_a_win_rate_over_the_start_and_quantiles_of_the_reward(
+    store: Path,
+) -> None:
+    def course(job: Job, share: float) -> dict[str, float]:
+        return {"kl": share, "reward": share, "gold": 9 * share, "length": 20}
+
+    options = {
+        **claimed(metric="reward", above=["ppo"], below=["ppo"]),
+        "metrics": ["win_rate", "spread"],
+    }
+    exhibit = made_up("curves", options, all="algo=ppo seed=1,2")
+    fabricate(exhibit.jobs, course)
+    rows = drawn(exhibit).rows
+    wins = [row["value"] for row in rows if row["metric"] == "win_rate"]
+    assert wins[0] == 0.5 and wins[-1] == 1.0  # all ties, then 9 above with a scatter of 0.3
+    last = [row["score"] for job in exhibit.jobs for row in job.run.responses(40)]
+    quantiles = statistics.quantiles(last, n=10, method="inclusive")
+    row = rows[-1]
+    assert (row["low"], row["high"]) == (pytest.approx(quantiles[0]), pytest.approx(quantiles[8]))
+    assert row["value"] == pytest.approx(statistics.median(last))
 
 
 # --- frontiers

@@ -56,6 +56,8 @@ NAMES = {
     "eval/repetition": "repeated words (share)",
     "eval/distinct_2": "distinct pairs of words (share)",
     "eval/rouge_l": "ROUGE-L with the reference",
+    "win_rate": "win rate over the start, by gold",
+    "spread": "reward: median, 10 to 90% (shade)",
 }
 """What a metric is called on an axis."""
 
@@ -95,7 +97,9 @@ class Options:
     """What is drawn and what is judged."""
 
     metrics: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Names as in a run's ledger."""
+    """Names as in a run's ledger, and two from single responses: win_rate, the share of prompts whose
+    response has more gold reward than the one before the first step (ties are halves), and spread, quantiles
+    of the learned reward over the responses of all seeds."""
     claims: Annotated[tuple[Claim, ...], Field(min_length=1)]
     """Each is judged in every panel that has its curves."""
     against: Literal["step", "episodes", "share", "tokens"] = "episodes"
@@ -178,12 +182,24 @@ def _levels(
     curve: Curve, metric: str, ledgers: Sequence[list[dict[str, float]]]
 ) -> list[tuple[float, float, float]]:
     """Value and range at each evaluation: of seeds and prompts where single prompts are known."""
+    if metric == "spread":
+        rewards = np.concatenate([path.reward for path in curve.paths], axis=1)
+        low, middle, high = np.nanquantile(rewards, (0.1, 0.5, 0.9), axis=1).tolist()
+        return list(zip(middle, low, high, strict=True))
+    if metric == "win_rate":
+        curve, metric = _wins(curve), "eval/gold"
     name = metric.removeprefix("eval/")
     if name in ("kl", "reward", "gold", "length"):
         found = intervals(lambda m: mean_of_known(getattr(m[0], name), axis=-2), [curve])
         return [(one.value, one.low, one.high) for one in found]
     table = [[row.get(metric, nan) for row in at] for at in zip(*ledgers, strict=True)]
     return [_over_seeds(values) for values in table]
+
+
+def _wins(curve: Curve) -> Curve:
+    """Instead of gold rewards, whether each is above the same prompt's at the start; 1/2 if it is equal."""
+    paths = [replace(p, gold=(1 + np.sign(p.gold - p.gold[0])) / 2) for p in curve.paths]
+    return replace(curve, paths=tuple(paths))
 
 
 def _over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
