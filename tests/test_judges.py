@@ -7,11 +7,9 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -19,15 +17,16 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from pydantic import TypeAdapter
 
-from rlhf_cli import config
+from rlhf_cli import config, remote
 from rlhf_cli.errors import UserError
-from rlhf_cli.judges import llm
 from rlhf_cli.judges.cache import FILE, Answers, Question
-from rlhf_cli.judges.llm import Estimate, Judge, Pace
+from rlhf_cli.judges.llm import Estimate, Judge
 from rlhf_cli.judges.prompts import PROMPTS, verdict, wording
 from rlhf_cli.recipes import Chat
+from rlhf_cli.remote import Pace
 from rlhf_cli.tools import winrate
 from tests.conftest import Typed
+from tests.servers import Answer, served
 from tests.test_config import judges
 from tests.test_mistakes import raising
 from tests.test_winrate import evaluated, rows
@@ -93,43 +92,6 @@ def test_every_judge_composes_and_no_field_has_a_default_beside_its_yaml(choice:
 
 # --- a server
 
-Answer = Callable[[Mapping[str, Any], int], tuple[int, Any] | tuple[int, Any, dict[str, str]]]
-"""Body and number of the request to status, body and headers."""
-
-
-@contextmanager
-def served(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A real server on loopback: its base address, and the requests it got."""
-    got: list[dict[str, Any]] = []
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                got.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
-                number = len(got)
-            status, said, *headers = answer(body, number)
-            data = said if isinstance(said, bytes) else json.dumps(said).encode()
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(data)), **(dict(*headers))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", got
-    finally:
-        server.shutdown()
-        server.server_close()
-
 
 def said(text: str | None) -> tuple[int, Any]:
     return 200, {"choices": [{"message": {"role": "assistant", "content": text}}]}
@@ -175,7 +137,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that would have been waited, one after the other."""
     naps: list[float] = []
     fake = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
-    monkeypatch.setattr(llm, "time", fake)
+    monkeypatch.setattr(remote, "time", fake)
     return naps
 
 
@@ -183,7 +145,7 @@ def test_the_protocol_is_chat_completions_at_temperature_0_with_the_key_as_beare
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")
-    with served(longer) as (url, got):
+    with served(longer, "/v1") as (url, got):
         found = ask(chat(url + "/", tmp_path, key_env="JUDGE_KEY"), ("long", "no"), ("no", "long"))
     assert found == [1.0, 0.0]
     assert got[0] == {
@@ -197,7 +159,7 @@ def test_the_protocol_is_chat_completions_at_temperature_0_with_the_key_as_beare
 
 
 def test_without_a_key_none_is_sent(tmp_path: Path) -> None:
-    with served(longer) as (url, got):
+    with served(longer, "/v1") as (url, got):
         ask(chat(url, tmp_path), ("a", "bb"))
     assert got[0]["key"] is None
 
@@ -251,7 +213,7 @@ def test_an_endpoint_that_wants_a_day_of_rest_ends_the_command(tmp_path: Path) -
     assert len(got) == 1
     assert str(error.value) == (
         f"judge.url={url} wants no request for 86400 s; give the same command again after that, and it"
-        " goes on from here."
+        " goes on from what is done."
     )
 
 
@@ -266,9 +228,9 @@ def test_an_endpoint_that_stays_down_ends_the_command_and_what_was_answered_is_k
     assert len(got) == 4  # and nothing is asked about the third pair
     assert str(error.value) == (
         f"judge.url={url} did not answer in 3 attempts of 5 s (status 500: 'out of memory'); see to the"
-        " server and give the same command again, which goes on from here."
+        " server and give the same command again, which goes on from what is done."
     )
-    with served(longer) as (url, got):
+    with served(longer, "/v1") as (url, got):
         assert ask(chat(url, tmp_path), ("long", "no"), ("a", "b")) == [1.0, 0.5]
     assert [shown(body) for body in got] == [("a", "b")]
 
@@ -297,20 +259,20 @@ def test_a_slow_endpoint_times_out_and_an_absent_one_refuses(
         (
             401,
             b"who are you",
-            "refused with status 401: 'who are you'; judge.model and judge.key_env must be what the"
-            " endpoint wants.",
+            "refused with status 401: 'who are you'; what judge says, its key_env included, must be what"
+            " the server wants.",
         ),
         (
             200,
             b"<html>",
-            "must answer as OpenAI's chat completions do, but answered '<html>'; give the address to"
-            " which /chat/completions is added.",
+            "must answer as OpenAI's chat completions do, to whose address /chat/completions is added, but"
+            " answered '<html>'.",
         ),
         (
             200,
             {"choices": []},
-            "must answer as OpenAI's chat completions do, but answered '{\"choices\": []}'; give the"
-            " address to which /chat/completions is added.",
+            "must answer as OpenAI's chat completions do, to whose address /chat/completions is added, but"
+            " answered '{\"choices\": []}'.",
         ),
     ],
 )
@@ -326,7 +288,7 @@ def test_an_answer_of_another_kind_ends_the_command_at_once(
 def test_what_is_no_address_is_not_tried_again(
     tmp_path: Path, clock: list[float], url: str
 ) -> None:
-    with pytest.raises(UserError, match=r"is no address .*; give one as http://HOST:PORT/v1.$"):
+    with pytest.raises(UserError, match=r"is no address .*; give one as http://HOST:PORT/PATH.$"):
         ask(chat(url, tmp_path), ("a", "b"))
     assert clock == []
 
@@ -429,7 +391,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_estimate_counts_new_questions_once_and_prices_them(tmp_path: Path) -> None:
-    with served(longer) as (url, got):
+    with served(longer, "/v1") as (url, got):
         source = chat(url, tmp_path, price_in=2.0, price_out=8.0)
         ask(source, ("known", "x"))
         judge = Judge(source)
@@ -481,7 +443,7 @@ def test_both_orders_are_asked_of_every_pair_and_equal_responses_tie_unasked(
     typed: Typed, tmp_path: Path, fresh: Path
 ) -> None:
     a, b = two(tmp_path)
-    with served(longer) as (url, got):
+    with served(longer, "/v1") as (url, got):
         code, out, err = typed("winrate", a, b, *told(url), "--json")
     assert code == 0, err
     pairs = {shown(body) for body in got}
@@ -499,7 +461,7 @@ def test_the_second_table_takes_no_call_and_no_key(
 ) -> None:
     a, b = two(tmp_path)
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    with served(longer) as (url, got):
+    with served(longer, "/v1") as (url, got):
         words = ["winrate", a, b, *told(url, "judge.key_env=JUDGE_KEY", "judge.parallel=3")]
         code, first, err = typed(*words)
         assert code == 0 and len(got) == 6, err
@@ -528,7 +490,7 @@ def test_a_dry_run_asks_nobody_and_its_estimate_is_what_the_table_then_takes(
 ) -> None:
     a, b = two(tmp_path)
     prices = ("judge.price_in=1000", "judge.price_out=0", "judge.max_tokens=10")
-    with served(longer) as (url, got):
+    with served(longer, "/v1") as (url, got):
         code, out, err = typed("winrate", a, b, "sft", *told(url, *prices), "--dry-run")
         assert (code, out, got) == (0, "", [])
         assert typed("winrate", a, b, "sft", *told(url, *prices))[2] == err

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,12 @@ from rlhf_cli.models.load import new_reward_model
 from rlhf_cli.models.tokenizer import train_tokenizer
 from rlhf_cli.plan import plan
 from rlhf_cli.recipes import Classifier, Function, Gold, Http, Learned, Model, Part, Scratch, Tuning
-from rlhf_cli.rewards.http import Endpoint
+from rlhf_cli.rewards.http import endpoint as scorer
 from rlhf_cli.rewards.written import Scorer, in_batches, numbers, opened
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
 from tests.algos.cases import case
+from tests.servers import served
 from tests.test_chain import TINY, rlhf
 
 PROMPTS, RESPONSES = ["a", "bb", "ccc"], [" one", " three", " seven"]
@@ -117,38 +116,6 @@ def test_nobody_knows_the_gold_reward_of_real_data() -> None:
 
 # --- a server
 
-Answer = Callable[[dict[str, list[str]], int], tuple[int, Any]]
-
-
-@contextmanager
-def served(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A real server on loopback, and the requests it got; answer: (body, number) -> (status, body)."""
-    got: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            got.append({**body, "key": self.headers.get("Authorization")})
-            status, said = answer(body, len(got))
-            data = said if isinstance(said, bytes) else json.dumps(said).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/score", got
-    finally:
-        server.shutdown()
-        server.server_close()
-
 
 def right(body: dict[str, list[str]], _: int) -> tuple[int, Any]:
     return 200, {"scores": lengths(body["prompts"], body["responses"])}
@@ -162,7 +129,7 @@ def endpoint(url: str, key: str | None = None, retries: int = 2, timeout: float 
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that would have been waited."""
     taken: list[float] = []
-    monkeypatch.setattr("rlhf_cli.rewards.http.time.sleep", taken.append)
+    monkeypatch.setattr("rlhf_cli.remote.time.sleep", taken.append)
     return taken
 
 
@@ -186,7 +153,7 @@ def test_a_server_that_stumbles_is_asked_again_after_growing_waits(naps: list[fl
 def test_a_server_that_stays_down_ends_the_run_with_what_it_said(naps: list[float]) -> None:
     with (
         served(lambda *_: (500, b"")) as (url, got),
-        pytest.raises(UserError, match=r"did not answer in 3 attempts of 5 s \(status 500\)"),
+        pytest.raises(UserError, match=r"did not answer in 3 attempts of 5 s \(status 500: ''\)"),
     ):
         alone(endpoint(url))(PROMPTS, RESPONSES)
     assert len(got) == 3
@@ -212,8 +179,8 @@ def test_a_server_that_is_too_slow_times_out(naps: list[float]) -> None:
     ("status", "said", "sentence"),
     [
         (401, b"who are you", "refused with status 401: 'who are you'"),
-        (200, b"<html>", "must answer with .*but answered '<html>'"),
-        (200, {"score": []}, "must answer with"),
+        (200, b"<html>", "must answer .*but answered '<html>'"),
+        (200, {"score": []}, "must answer"),
         (200, {"scores": [1.0]}, "must give a list of 2 scores, one per response, but gave 1"),
     ],
 )
@@ -229,7 +196,9 @@ def test_null_is_a_missing_score_and_a_key_must_be_set() -> None:
     with served(lambda *_: (200, {"scores": [None, 1.5]})) as (url, _):
         got = alone(endpoint(url))(PROMPTS[:2], RESPONSES[:2])
     assert math.isnan(got[0]) and got[1] == 1.5
-    with pytest.raises(UserError, match=r"reward.source.key_env=NO_SUCH, but that is not set"):
+    with pytest.raises(
+        UserError, match=r"reward.source.key_env=NO_SUCH, but the environment has no key"
+    ):
         alone(endpoint("http://127.0.0.1:1", "NO_SUCH"))
 
 
@@ -290,7 +259,7 @@ def test_a_classifier_of_two_labels_or_without_a_trained_head_is_refused(
 def test_an_address_that_is_none_is_not_tried_again() -> None:
     source = Http("http", "localhost:9", None, batch=1, timeout=1.0, retries=9)
     with pytest.raises(UserError, match=r"^reward\.source\.url=localhost:9 is no address \("):
-        Endpoint(source)(["p"], ["r"])
+        scorer(source)(["p"], ["r"])
 
 
 # --- scores that are missing

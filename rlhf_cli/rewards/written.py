@@ -48,9 +48,9 @@ def _opened(source: Single, gold: Scorer | None, device: str) -> Scorer | None:
         case Function():
             return _function(source)
         case Http():
-            from rlhf_cli.rewards.http import Endpoint
+            from rlhf_cli.rewards.http import endpoint
 
-            return in_batches(Endpoint(source), source.batch)
+            return in_batches(endpoint(source), source.batch)
         case Classifier():
             from rlhf_cli.rewards.classifier import classifier
 
@@ -90,6 +90,8 @@ def _number(score: object, whose: str) -> float:
         return math.nan
     try:
         value = float(score)  # type: ignore[arg-type]
+    except OverflowError:  # an integer with more digits than there are numbers
+        return math.nan
     except (TypeError, ValueError):
         raise UserError(
             f"{whose} gave {score!r} for a score; a number or null is wanted."
