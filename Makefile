@@ -20,8 +20,8 @@ figures: install ## make what is missing of all figures' runs (hours), then draw
 test: install ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-faults: install ## stop and kill launched runs, and see that nothing is lost
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
+faults: install ## inject every fault, and see what comes of each
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/faults.py
 
 check: install ## lint, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -24,6 +24,7 @@ from rlhf_cli.config import freeze
 from rlhf_cli.errors import StageFailed, UserError
 from rlhf_cli.launch import execute
 from rlhf_cli.plan import Plan, Step, plan
+from rlhf_cli.store.files import disk
 from rlhf_cli.store.run import Run
 
 POLL_SECONDS = 0.1
@@ -163,8 +164,10 @@ def cores() -> int:
 def _child(task: Task, slots: int) -> subprocess.Popen[bytes]:
     """A process that builds one run, in a session of its own: an interrupt is ours to pass on."""
     run = Run(task.step.path)
-    run.log.mkdir(parents=True, exist_ok=True)
-    with _console(run).open("ab") as log:
+    with disk(run.log):
+        run.log.mkdir(parents=True, exist_ok=True)
+        log = _console(run).open("ab")
+    with log:
         child = subprocess.Popen(
             [sys.executable, "-m", "rlhf_cli.campaign", task.command],
             stdin=subprocess.PIPE,

@@ -5,6 +5,7 @@ Found before anything is loaded, each as one sentence with its arithmetic and a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,34 @@ from rlhf_cli.store import pretrained
 if TYPE_CHECKING:
     from rlhf_cli.config import Recipe
 
+_WORD = re.compile(r"[^\W_][\w.+-]*")
+
 
 def faults(recipe: Recipe) -> Iterator[str]:
     """One sentence per contradiction."""
     if not recipe.paths.runs:
         yield "paths.runs is empty; set paths.runs=DIR, or RLHF_RUNS=DIR in the environment."
+    yield from _names(recipe)
     yield from _launch(recipe)
     yield from _batches(recipe)
     yield from _models(recipe)
     yield from _scores(recipe)
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    """Words that directories are called by: none may lead elsewhere."""
+    words = {
+        "name": recipe.name,
+        "data.name": recipe.data.name,
+        "model.label": recipe.model.label,
+        "reward.model.label": recipe.reward.model.label,
+    }
+    for key, word in words.items():
+        if not _WORD.fullmatch(word):
+            yield (
+                f"{key}={word} is not allowed: runs are called by it, so it must be of letters, digits and"
+                f" ._+- alone and begin with a letter or digit; set {key}=WORD."
+            )
 
 
 def _scores(recipe: Recipe) -> Iterator[str]:

@@ -5,7 +5,6 @@ Everything heavy is imported inside a verb, so that `rlhf --help` answers at onc
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -18,6 +17,8 @@ import typer
 
 from rlhf_cli import __version__
 from rlhf_cli.errors import GO_ON, StageFailed, Stopped, UserError
+from rlhf_cli.printable import as_json, file_name, visible
+from rlhf_cli.secret import masked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,6 +102,13 @@ Examples:
 """
 
 
+DOCTOR_EXAMPLES = """
+\b
+Examples:
+  rlhf doctor                                      the machine
+  rlhf doctor algo=ppo model=pythia_1b data=hh     and whether this chain fits on it
+"""
+
 FIGURE_EXAMPLES = """
 \b
 Examples:
@@ -130,9 +138,19 @@ def main(words: Sequence[str] | None = None) -> None:
     except (UserError, StageFailed, UsageError) as error:
         if "--debug" in words:
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {_told(_sentence(error))}", file=sys.stderr)
         code = 1 if isinstance(error, StageFailed) else 2
     raise SystemExit(code)
+
+
+def _say(line: str) -> None:
+    """A line about runs and files, whatever they are called."""
+    print(visible(line))
+
+
+def _told(sentence: str) -> str:
+    """A sentence for the terminal: what servers, files and models had to say in it only shown, no secret."""
+    return masked(visible(sentence))
 
 
 def _sentence(error: Exception) -> str:
@@ -162,42 +180,26 @@ def _rlhf(
 @app.command(context_settings=HYDRA, epilog=EXAMPLES.format(verb="train"))
 def train(context: typer.Context) -> None:
     """Build what is missing of a chain, or of a sweep with -m."""
-    from rlhf_cli.launch import execute, set_deadline
-    from rlhf_cli.plan import check_downloads
+    _carry_out(_planned(context.args), masked(shlex.join(["rlhf", "train", *context.args])))
 
-    jobs = _planned(context.args)
-    for plan in jobs:
-        check_downloads(plan)
-    set_deadline(jobs)
-    command = shlex.join(["rlhf", "train", *context.args])
-    failures = []
-    for plan in jobs:
-        try:
-            directory = execute(plan, command)
-        except KeyboardInterrupt:
-            print("\ninterrupted: give the same command again to go on.", file=sys.stderr)
-            raise typer.Exit(130) from None
-        except Stopped as stopped:  # the rest of a sweep too: who asked meant the command
-            print(f"stopped: {stopped}", file=sys.stderr)
-            raise typer.Exit(GO_ON) from None
-        except Exception as error:
-            if len(jobs) == 1:
-                raise
-            said = str(error)
-            if not isinstance(error, (UserError, StageFailed)):
-                # A fault of ours: the others of the sweep go on, and this one says where it was.
-                traceback.print_exc()
-                said = f"{type(error).__name__}: {error}"
-            failures.append(f"{plan.steps[-1].path}: {said}")
-            print(f"error: {said}", file=sys.stderr)
-            continue
-        if plan.recipe.stage == "rl":
-            print(f"next: rlhf frontier, rlhf show {plan.steps[-1].key}, rlhf runs")
-        print(f"run: {directory}")
-    if failures:
-        print(f"error: {len(failures)} of {len(jobs)} runs failed:", file=sys.stderr)
-        print("\n".join(f"  {failure}" for failure in failures), file=sys.stderr)
-        raise typer.Exit(1)
+
+@app.command()
+def resume(
+    run: Annotated[str, typer.Argument(help="Directory, name or key, or the beginning of one.")],
+    runs: Runs = Path("runs"),
+) -> None:
+    """Go on with a run that was stopped, by its own configuration: as its command would."""
+    from rlhf_cli.plan import describe
+    from rlhf_cli.resume import plan_of
+    from rlhf_cli.store.run import find
+
+    found = find(runs, run)
+    if found.status() == "done":
+        _say(f"finished: {found.path}")
+        return
+    plan = plan_of(found)
+    _console().print(describe(plan))
+    _carry_out([plan], found.manifest()["command"])
 
 
 @app.command(context_settings=HYDRA, epilog=EXAMPLES.format(verb="plan"))
@@ -215,7 +217,30 @@ def plan(context: typer.Context) -> None:
     _console().print(describe(*(job.plan for each in shown for job in each.jobs)))
     print("\ncommands:")
     for line in dict.fromkeys(line for each in shown for line in gallery.sweeps(each)):
-        print(f"  {line}")
+        _say(f"  {line}")
+
+
+@app.command(context_settings=HYDRA, epilog=DOCTOR_EXAMPLES)
+def doctor(context: typer.Context, as_json: Json = False) -> None:
+    """Look for what would stop a run: packages, GPUs, disks, processes that meet, the hub, W&B.
+
+    Exit code 1 if there is a fault.
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from rlhf_cli.doctor.examination import examine
+    from rlhf_cli.doctor.finding import picture
+
+    with Console(stderr=True).status("looking"):
+        findings = list(examine(context.args))
+    if as_json:
+        _print_json([asdict(each) for each in findings])
+    elif findings:
+        _console().print(picture(findings))
+    if any(each.verdict == "fault" for each in findings):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -236,12 +261,12 @@ def frontier(
     if fit not in get_args(figure.Fit):
         raise UserError(f"--fit={fit} is not allowed: choose straight or monotone.")
     chosen, group = _chosen(runs, run, group)
-    base = Path(out or f"figures/{group or 'frontier'}")
+    base = Path(out or f"figures/{file_name(group) or 'frontier'}")
     files = figure.frontier(chosen, base, _command(), cast(figure.Fit, fit))
     for each in chosen:
-        print(f"run: {each.path}")
+        _say(f"run: {each.path}")
     for kind, path in files.items():
-        print(f"{'figure' if kind == 'png' else kind}: {path}")
+        _say(f"{'figure' if kind == 'png' else kind}: {path}")
     print("next: rlhf train -m algo=p3o_v2,p3o_v1,ppo,dpo_online seed=1,2, then rlhf frontier")
 
 
@@ -281,12 +306,12 @@ def figure(
         if run:
             gallery.prepare(each)
         files, verdict = gallery.draw(each, out)
-        print(f"{each.spec.name}: {verdict}")
+        _say(f"{each.spec.name}: {verdict}")
         for kind, path in files.items():
-            print(f"{'figure' if kind == 'png' else kind}: {path}")
+            _say(f"{'figure' if kind == 'png' else kind}: {path}")
     if failures:
         print(f"error: {len(failures)} runs failed:", file=sys.stderr)
-        print("\n".join(f"  {one.path}: {one.reason}" for one in failures), file=sys.stderr)
+        print("\n".join(f"  {one.path}: {_told(one.reason)}" for one in failures), file=sys.stderr)
         raise typer.Exit(1)
     if incomplete := [each for each in shown if each.missing]:
         for line in dict.fromkeys(line for each in incomplete for line in gallery.sweeps(each)):
@@ -315,9 +340,9 @@ def evaluate(
         _print_json(shown)
         return
     _console().print(listing.page(shown))
-    print(f"measured like: {found.like.path}")
-    print(f"next: rlhf winrate {found.run.key} sft, rlhf show {found.run.key}")
-    print(f"run: {found.run.path}")
+    _say(f"measured like: {found.like.path}")
+    _say(f"next: rlhf winrate {found.run.key} sft, rlhf show {found.run.key}")
+    _say(f"run: {found.run.path}")
 
 
 @app.command()
@@ -352,7 +377,7 @@ def compare(
         console.print(grid_table(found))
         console.print()
     for kind, path in files.items():
-        print(f"{kind}: {path}")
+        _say(f"{kind}: {path}")
     print("next: rlhf frontier, rlhf compare --out tables/NAME")
 
 
@@ -373,7 +398,7 @@ def report(
 
     chosen, _ = _chosen(runs, run, group)
     file = page.write(chosen, out, _kls(kl), _command())
-    print(f"page: {file}")
+    _say(f"page: {file}")
     print("next: open the page, rlhf compare --out tables/NAME, rlhf winrate --help")
 
 
@@ -404,7 +429,7 @@ def winrate(
     judge = config.judge([word for word in words if "=" in word])
     policies = tool.policies(runs, [word for word in words if "=" not in word], judge)
     if dry_run or judge.kind == "llm":
-        print(tool.announce(policies, judge), file=sys.stderr)
+        print(visible(tool.announce(policies, judge)), file=sys.stderr)
     if dry_run:
         return
     try:
@@ -420,7 +445,7 @@ def winrate(
     for table in tables:
         _console().print(grid_table(table))
     for kind, path in (file for files in written for file in files.items()):
-        print(f"{kind}: {path}")
+        _say(f"{kind}: {path}")
     print("next: rlhf winrate RUN... judge=gold, rlhf compare")
 
 
@@ -437,7 +462,7 @@ def runs(runs: Runs = Path("runs"), as_json: Json = False) -> None:
         console = _console()
         console.print(listing.table(rows, wide=console.width >= listing.WIDE))
     else:
-        print(f"no runs in {runs} yet; `rlhf train` makes one.")
+        _say(f"no runs in {runs} yet; `rlhf train` makes one.")
 
 
 @app.command()
@@ -512,8 +537,8 @@ def credit(
     colour = console.color_system is not None and not console.no_color
     console.print(terminal.heatmap(drawn, console.width, colour))
     for kind, path in files.items():
-        print(f"{'figure' if kind == 'png' else kind}: {path}")
-    print(f"next: rlhf sample {policy.run.key}, rlhf credit {policy.run.key} --text - --other ...")
+        _say(f"{'figure' if kind == 'png' else kind}: {path}")
+    _say(f"next: rlhf sample {policy.run.key}, rlhf credit {policy.run.key} --text - --other ...")
 
 
 @app.command()
@@ -567,7 +592,7 @@ def sample(
         return
     _console().print(terminal.responses(rows))
     assert policy.run is not None
-    print(f"next: rlhf credit {policy.run.key} --text TRANSCRIPT, rlhf sample --help")
+    _say(f"next: rlhf credit {policy.run.key} --text TRANSCRIPT, rlhf sample --help")
 
 
 @app.command()
@@ -634,7 +659,7 @@ def inspect(
 
             panels = [measured.prompts], measured.answers
             file = lengths.write(made.data.title, measured.tokenizer, panels, png)
-            print(f"figure: {file}")
+            _say(f"figure: {file}")
         _end(inspected.checked, given)
 
 
@@ -659,7 +684,7 @@ def _end(checked: Checked, given: Sequence[str]) -> None:
     if checked.fault is not None:
         raise checked.fault
     stage = [] if checked.survey.corpus.train.pairs else ["stage=sft"]
-    print(f"next: {shlex.join(['rlhf', 'train', *given, *stage])}")
+    _say(f"next: {shlex.join(['rlhf', 'train', *given, *stage])}")
 
 
 def _chosen(runs: Path, references: Sequence[str] | None, group: str) -> tuple[list[Run], str]:
@@ -701,9 +726,47 @@ def _planned(words: Sequence[str]) -> list[Plan]:
     return jobs
 
 
+def _carry_out(jobs: Sequence[Plan], command: str) -> None:
+    """Build what is missing of every job; the others of a sweep go on when one of them fails."""
+    from rlhf_cli.launch import execute, set_deadline
+    from rlhf_cli.plan import check_downloads
+
+    for plan in jobs:
+        check_downloads(plan)
+    set_deadline(jobs)
+    failures = []
+    for plan in jobs:
+        try:
+            directory = execute(plan, command)
+        except KeyboardInterrupt:
+            print("\ninterrupted: give the same command again to go on.", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except Stopped as stopped:  # the rest of a sweep too: who asked meant the command
+            print(f"stopped: {_told(str(stopped))}", file=sys.stderr)
+            raise typer.Exit(GO_ON) from None
+        except Exception as error:
+            if len(jobs) == 1:
+                raise
+            said = str(error)
+            if not isinstance(error, (UserError, StageFailed)):
+                # A fault of ours: the others of the sweep go on, and this one says where it was.
+                traceback.print_exc()
+                said = f"{type(error).__name__}: {error}"
+            failures.append(f"{plan.steps[-1].path}: {_told(said)}")
+            print(f"error: {_told(said)}", file=sys.stderr)
+            continue
+        if plan.recipe.stage == "rl":
+            _say(f"next: rlhf frontier, rlhf show {plan.steps[-1].key}, rlhf runs")
+        _say(f"run: {directory}")
+    if failures:
+        print(f"error: {len(failures)} of {len(jobs)} runs failed:", file=sys.stderr)
+        print("\n".join(f"  {failure}" for failure in failures), file=sys.stderr)
+        raise typer.Exit(1)
+
+
 def _command() -> str:
     """What was typed."""
-    return shlex.join(["rlhf", *sys.argv[1:]])
+    return masked(shlex.join(["rlhf", *sys.argv[1:]]))
 
 
 def _typed(words: str | None) -> str | None:
@@ -720,4 +783,4 @@ def _console() -> Console:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(as_json(value))

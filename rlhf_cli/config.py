@@ -11,14 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from omegaconf import DictConfig, Node, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 
-from rlhf_cli import checks, complaints, dotted, recipes
+from rlhf_cli import checks, complaints, dotted, recipes, secret, trust
 from rlhf_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,7 +63,9 @@ CONTRACTS = {
         "fingerprint",
     ),
 }
-"""What the object built from each `_target_` must offer."""
+"""What the class that each `_target_` names must offer."""
+FOLDERS = ("paths.runs", "paths.cache", "data.path", "judge.cache")
+"""Keys whose value may come out of the environment: it will be read in a run's files."""
 
 
 @dataclass(frozen=True, config=recipes.STRICT)
@@ -82,6 +87,7 @@ class Recipe:
     eval: recipes.Evaluation
     launch: recipes.Launch
     checkpoint: recipes.Checkpoint
+    guard: recipes.Guard
     train: recipes.Train
     track: recipes.Track
     paths: recipes.Paths
@@ -92,8 +98,8 @@ class Recipe:
         return self.track.group or f"{self.data.title}-{self.model.label}"
 
 
-HOW = ("launch", "checkpoint", "train", "track", "paths")
-"""What of a recipe says how it is carried out: in no key."""
+HOW = ("launch", "checkpoint", "guard", "train", "track", "paths")
+"""What of a recipe says how it is carried out: in no key (but for a guard that backs off)."""
 
 
 def conf_dir() -> Path:
@@ -127,10 +133,18 @@ def unsettled(overrides: Sequence[str], root: str = "train") -> DictConfig:
         node = hydra.compose(root, list(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(node)
     if "name" in node:
+        trust.check_references(_without_hydra(node))
         node.name = node.name  # the choice of algorithm
     with flag_override(node, ["struct", "readonly"], False):
         del node["hydra"]
     return node
+
+
+def _without_hydra(node: DictConfig) -> dict[Any, Any]:
+    """What is said of the job, references still open; of Hydra's own settings nothing is written down."""
+    values = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(values, dict)
+    return {key: value for key, value in values.items() if key != "hydra"}
 
 
 @contextmanager
@@ -147,34 +161,59 @@ def explained(root: str = "train") -> Iterator[None]:
 def settled(node: DictConfig) -> DictConfig:
     """Copy a node with every interpolation replaced by its value.
 
-    Raises UserError for a value that is still `???`.
+    Raises UserError for a value that is still `???`, for references that lead nowhere, and for secrets.
     """
-    for key in _missing(OmegaConf.to_container(node, resolve=False)):
+    said = OmegaConf.to_container(node, resolve=False)
+    for key in _missing(said):
         raise UserError(f"{key} has no value yet; give it one with {key}=VALUE.")
+    trust.check_references(said)
     # Not OmegaConf.resolve, whose errors do not say which key they are about.
-    return DictConfig(OmegaConf.to_container(node, resolve=True))
+    values = OmegaConf.to_container(node, resolve=True)
+    _refuse_secrets(values)
+    return DictConfig(values)
+
+
+def _refuse_secrets(values: Any) -> None:
+    """UserError if a value is one: all of them are written into every run, and mirrored."""
+    texts = {key: value for key, value in trust.leaves(values) if isinstance(value, str)}
+    variables = {value for key, value in texts.items() if key.endswith("key_env")}
+    for key, value in texts.items():
+        if secret.in_address(value):
+            raise UserError(
+                f"{key} holds a password or a key, which every run would write down; take it out of the"
+                " address, and name the variable of the environment that holds it with key_env."
+            )
+        if variable := secret.held(value, variables):
+            raise UserError(
+                f"{key} holds what {variable} is in the environment, which every run would write down;"
+                " leave it out."
+            )
 
 
 def freeze(node: DictConfig) -> str:
-    """Write a node as yaml, to be read back by `read`."""
+    """Write a node as yaml, to be read back by `read`: here, and by the processes that this one starts."""
+    trust.vouch(OmegaConf.to_container(node, resolve=True))
     return OmegaConf.to_yaml(node, resolve=True)
 
 
 def read(path: Path) -> DictConfig:
     """Read a frozen node; OmegaConf's yaml takes 1e-6 for a number, plain PyYAML does not.
 
-    Raises UserError if the file is missing or damaged.
+    Raises UserError if the file is missing or damaged, or does more than to say values (`trust`).
     """
     from yaml import YAMLError
 
     try:
-        node = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        trust.check_text(text)
+        node = OmegaConf.load(StringIO(text))
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(
             f"{path} cannot be read ({_line(error)}); delete the run's folder and run again."
         ) from error
     if not isinstance(node, DictConfig):
         raise UserError(f"{path} holds no configuration; delete the run's folder and run again.")
+    trust.check_frozen(OmegaConf.to_container(node, resolve=False), str(path))
     if lacking := [name for name in HOW if name not in node]:
         # Frozen by a version that had no such thing to say; what the run is stays as it was.
         shipped = compose([])
@@ -205,7 +244,8 @@ def judge(overrides: Sequence[str]) -> recipes.Judge:
 
 
 def register() -> None:
-    """Register the resolvers that `conf/` uses: rlhf.pick and rlhf.source."""
+    """Register the resolvers that `conf/` uses: rlhf.pick, rlhf.source, and oc.env for folders alone."""
+    OmegaConf.register_new_resolver("oc.env", _env, replace=True)
     OmegaConf.register_new_resolver("rlhf.pick", _pick, replace=True)
     OmegaConf.register_new_resolver("rlhf.source", _source, replace=True)
 
@@ -222,6 +262,17 @@ def _pick(word: str, table: Mapping[str, Any], *, _node_: Node) -> Any:
     if key.startswith("."):
         key = str(_node_._get_full_key(None)).rpartition(".")[0] + key
     raise UserError(f"{key}={word} is not allowed: choose one of {', '.join(table)}.")
+
+
+def _env(variable: str, *default: Any, _node_: Node) -> str | None:
+    """A folder that the environment names; a secret that is named by mistake would be written down."""
+    key = str(_node_._get_full_key(None))
+    if key.startswith("hydra.") or (key in FOLDERS and not secret.names_one(variable)):
+        return oc.env(variable, *default)
+    raise UserError(
+        f"{key} may not come out of the environment ({variable}), only {', '.join(FOLDERS)} may; write the"
+        " value out"
+    )
 
 
 def _source(scratch: object) -> str:
@@ -250,11 +301,11 @@ def _built(group: str, values: Any, contract: Sequence[str]) -> Any:
     cls = dotted.named(f"{group}._target_", target, "class")
     if not (isinstance(cls, type) and is_pydantic_dataclass(cls)):
         raise UserError(f"{group}._target_={target} must name a frozen pydantic dataclass.")
-    typed = _typed(cls, values, group)
+    offered = {*dir(cls), *cls.__dataclass_fields__}
     for word in contract:
-        if not hasattr(typed, word):
+        if word not in offered:
             raise UserError(f"{group}._target_={target} lacks {word}; see the contract it fulfils.")
-    return typed
+    return _typed(cls, values, group)
 
 
 def _typed(cls: type, values: dict[Any, Any], prefix: str, root: str = "train") -> Any:

@@ -20,5 +20,9 @@ class Stopped(Exception):
     """A run that was asked to stop and has kept all it needs to go on; the message says so. Exit code 75."""
 
 
+class OutOfMemory(Exception):
+    """A micro-batch did not fit; the message says what was asked for. The launcher makes it smaller."""
+
+
 GO_ON = 75
 """EX_TEMPFAIL of sysexits.h: the exit code by which a scheduler may know that the same command goes on."""

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 
 from rlhf_cli import complaints, dotted
-from rlhf_cli.config import conf_dir
+from rlhf_cli.config import conf_dir, explained
 from rlhf_cli.errors import UserError
 from rlhf_cli.figures.spec import Scale, Spec
 from rlhf_cli.figures.write import write
@@ -124,7 +124,8 @@ def spec(name: str) -> Spec:
         near = get_close_matches(name, names(), n=1)
         meant = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"there is no figure {name}; {meant}`rlhf figure` lists those there are.")
-    values = OmegaConf.to_container(OmegaConf.load(conf_dir() / "figure" / f"{name}.yaml"))
+    with explained():
+        values = OmegaConf.to_container(OmegaConf.load(conf_dir() / "figure" / f"{name}.yaml"))
     assert isinstance(values, dict)
     try:
         return TypeAdapter(Spec).validate_python({"name": name, **values})

@@ -6,23 +6,26 @@ workers and says `done` last. Workers only ever read the run directory.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from rlhf_cli import config
 from rlhf_cli.config import Recipe
 from rlhf_cli.data.corpus import Corpus, Split
-from rlhf_cli.errors import StageFailed, Stopped, UserError
+from rlhf_cli.errors import OutOfMemory, StageFailed, Stopped, UserError
 from rlhf_cli.plan import Plan, Step
+from rlhf_cli.recipes import Launch
 from rlhf_cli.store.files import check_writable
 from rlhf_cli.store.provenance import provenance
 from rlhf_cli.store.run import Run
@@ -39,7 +42,7 @@ def set_deadline(plans: Sequence[Plan]) -> None:
     if known := [each for each in hours if each is not None]:
         from rlhf_cli.engine.stop import DEADLINE
 
-        os.environ.setdefault(DEADLINE, str(time.time() + 3600 * min(known)))
+        os.environ.setdefault(DEADLINE, str(time.monotonic() + 3600 * min(known)))
 
 
 def execute(plan: Plan, command: str) -> Path:
@@ -52,11 +55,16 @@ def execute(plan: Plan, command: str) -> Path:
         _check_rows(plan, corpus_of(cast(Hashable, plan.recipe.data)))
     for step in plan.steps:
         run = Run(step.path)
-        if run.status() == "done":
+        if run.status() == "done" and not any(run.checkpoints.glob("[0-9]*")):
             continue
         with run.lock(on_wait=partial(_say_waiting, run)):
-            if run.status() != "done":
-                _build(run, step, plan.runs_of_parents(step), command)
+            if run.status() == "done":  # and was killed before it had dropped them
+                _drop_resume_points(run)
+            else:
+                parents = plan.runs_of_parents(step)
+                for at in parents.values():
+                    Run(run.path.parents[1] / at).check_final()
+                _build(run, step, parents, command)
     return plan.steps[-1].path
 
 
@@ -90,53 +98,92 @@ def _check_answers(title: str, split: Split) -> None:
         )
 
 
-def _say_waiting(run: Run) -> None:
-    print(f"waiting for another process that builds {run.path}", flush=True)
+def _say_waiting(run: Run, holder: str) -> None:
+    print(f"waiting for {holder} that builds {run.path}", flush=True)
 
 
 def _build(run: Run, step: Step, parent_runs: dict[str, str], command: str) -> None:
     """Runs one stage from `running` to `done`; on any fault the manifest says `failed` and why."""
     recipe = step.recipe
-    run.begin(
-        config.freeze(step.node),
-        {
-            "key": step.key,
-            "stage": step.stage,
-            "label": step.label,
-            "title": recipe.data.title,
-            "model": recipe.model.label,
-            "algo": recipe.name if step.stage == "rl" else None,
-            "beta": getattr(recipe.algo, "beta", None) if step.stage == "rl" else None,
-            "seed": _seed(recipe, step.stage),
-            "group": recipe.group,
-            "parents": dict(step.parents),
-            "parent_runs": parent_runs,
-            "science": step.science,
-            "command": command,
-            "launch": OmegaConf.to_container(step.node.launch, resolve=True),
-            **provenance(),
-        },
-    )
-    run.stop_request.unlink(missing_ok=True)
+    manifest = {
+        "key": step.key,
+        "stage": step.stage,
+        "label": step.label,
+        "title": recipe.data.title,
+        "model": recipe.model.label,
+        "algo": recipe.name if step.stage == "rl" else None,
+        "beta": getattr(recipe.algo, "beta", None) if step.stage == "rl" else None,
+        "seed": _seed(recipe, step.stage),
+        "group": recipe.group,
+        "parents": dict(step.parents),
+        "parent_runs": parent_runs,
+        "science": step.science,
+        "command": command,
+        "launch": OmegaConf.to_container(step.node.launch, resolve=True),
+        **provenance(),
+    }
     try:
-        if recipe.launch.kind == "inline":
-            from rlhf_cli.worker import work
-
-            work(run.path)
-        else:
-            _launch(run, recipe.launch.processes)
+        _carry_out(run, step.node, recipe.launch, manifest)
     except Stopped as error:
         run.update(reason=str(error))  # it still says running: without a lock, that is interrupted
         raise
     except (UserError, StageFailed) as error:
-        run.fail(str(error))
+        _fail(run, str(error))
         raise
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
-        run.fail(f"{type(error).__name__}: {first}")
+        _fail(run, f"{type(error).__name__}: {first}")
         raise
-    _drop_resume_points(run)
     run.finish()
+    _drop_resume_points(run)  # not before: a disk may refuse to let a run be finished
+    if run.stop_request.exists():  # too late for this run, but not for those that were to follow
+        raise Stopped(
+            f"{run.path} was asked to stop after its last step, and is done; give the same command again to"
+            " go on with the rest."
+        )
+
+
+def _fail(run: Run, reason: str) -> None:
+    """Leaves the reason in the manifest, unless the disk has no room for that either."""
+    with suppress(UserError):
+        run.fail(reason)
+
+
+def _carry_out(run: Run, node: DictConfig, launch: Launch, manifest: dict[str, Any]) -> None:
+    """Has the workers do it; whenever memory runs out, goes on from the last checkpoint in smaller parts.
+
+    That changes no number but by the rounding of sums: denominators are those of the whole minibatch.
+    """
+    micro_batch = launch.micro_batch
+    while True:
+        smaller = {"micro_batch": micro_batch}
+        run.begin(
+            config.freeze(DictConfig({**node, "launch": {**node.launch, **smaller}})), manifest
+        )
+        run.stop_request.unlink(missing_ok=True)
+        try:
+            if launch.kind == "inline":
+                from rlhf_cli.worker import work
+
+                work(run.path)
+            else:
+                _launch(run, launch)
+            return
+        except OutOfMemory as error:
+            if micro_batch == 1:
+                raise UserError(
+                    f"{run.path} does not fit into memory even with launch.micro_batch=1 ({error}); set"
+                    " launch.checkpointing=true, shard it with launch=deepspeed launch.zero=3 over more"
+                    " processes, or lower data.max_response_tokens."
+                ) from error
+            said = str(error)
+        micro_batch //= 2
+        gc.collect()
+        print(
+            f"{run.path}: out of memory ({said}); going on from the last checkpoint with"
+            f" launch.micro_batch={micro_batch}",
+            flush=True,
+        )
 
 
 def _seed(recipe: Recipe, stage: str) -> int:
@@ -149,18 +196,20 @@ def _drop_resume_points(run: Run) -> None:
     drop_resume_points(run.checkpoints)
 
 
-def _launch(run: Run, processes: int) -> None:
+def _launch(run: Run, launch: Launch) -> None:
     """Starts the workers through DeepSpeed's launcher and sees to it that none is left behind.
 
     The launcher and its workers get a process group of their own: a signal to the launcher alone
     would leave the workers running.
     """
+    from rlhf_cli.engine import pulse
     from rlhf_cli.engine.stop import first_signal
     from rlhf_cli.engine.world import free_port
-    from rlhf_cli.worker import DRIVER, SAID, driver
+    from rlhf_cli.worker import DRIVER, driver, expect, heard
 
-    for name in SAID.values():
-        (run.log / name).unlink(missing_ok=True)
+    expect(run.log)
+    pulse.forget(run.log)
+    processes = launch.processes
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner",
         "--num_gpus", str(processes), "--master_port", str(free_port()),
@@ -174,13 +223,13 @@ def _launch(run: Run, processes: int) -> None:
             code = child.wait()
     finally:
         _end(child)
-    for kind, name in SAID.items():
-        if (run.log / name).exists():
-            raise kind((run.log / name).read_text())
+    if said := heard(run.log):
+        raise said
     if code != 0:
+        how = pulse.verdict(pulse.lives(run.log), launch.timeout)
         raise StageFailed(
-            f"a worker of {run.path} ended with code {code}; see {run.log}/rank_*.txt, and give the "
-            "same command again to go on from the last checkpoint"
+            f"{run.path}: {how}; see {run.log}/rank_*, and give the same command again to go on from the last"
+            " checkpoint"
         )
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_cli.evals.grid import Grid, numeric, shown
+from rlhf_cli.printable import on_one_line, visible
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
 
@@ -74,7 +75,8 @@ def table(rows: Sequence[Mapping[str, Any]], wide: bool = True) -> Table:
         cells = ["-" if row[name] is None else f"{row[name]:.2f}" for name in LATEST]
         if wide:
             cells = [_number(row["step"]), *cells, _age(row["when"])]
-        drawn.add_row(row["stage"], row["label"], row["key"], row["status"], *cells)
+        names = (Text(on_one_line(row[word])) for word in ("stage", "label", "key", "status"))
+        drawn.add_row(*names, *cells)
     return drawn
 
 
@@ -102,11 +104,11 @@ class _Drawn:
     grid: Grid
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(self.grid.title, style="bold")
+        yield Text(visible(self.grid.title), style="bold")
         for part in _cut(self.grid, options.max_width):
             yield _columns(part, options.max_width)
         for note in self.grid.notes:
-            yield Text(note, style="dim")
+            yield Text(visible(note), style="dim")
 
 
 def grid_table(grid: Grid) -> RenderableType:
@@ -149,7 +151,8 @@ def _columns(grid: Grid, width: int) -> Table:
 def _texts(grid: Grid) -> list[list[str]]:
     """Every column as it is read, its name first."""
     cells = ([shown(row[place]) for row in grid.rows] for place in range(len(grid.columns)))
-    return [[name, *column] for name, column in zip(grid.columns, cells, strict=True)]
+    columns = zip(grid.columns, cells, strict=True)
+    return [[on_one_line(text) for text in (name, *column)] for name, column in columns]
 
 
 def _worth(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -174,8 +177,8 @@ def _pairs(title: str, values: Mapping[str, Any]) -> RenderableType:
     drawn.add_column(overflow="fold")
     for name, value in values.items():
         text = _number(value) if isinstance(value, float) else str(value)
-        drawn.add_row(f"  {name}", Text(text.strip("\n")))
-    return Group(Text(title, style="bold"), drawn, Text())
+        drawn.add_row(Text(f"  {on_one_line(name)}"), Text(visible(text.strip("\n"))))
+    return Group(Text(on_one_line(title), style="bold"), drawn, Text())
 
 
 def _finite(value: float | None) -> float | None:

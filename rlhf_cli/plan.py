@@ -147,6 +147,7 @@ def plan(node: DictConfig) -> Plan:
             rollout=asdict(made.rollout),
             eval=asdict(made.eval),
             **_scoring(made),
+            **({"guard": asdict(made.guard)} if made.guard.action == "back_off" else {}),
         )
     return Plan(tuple(steps.values()))
 
@@ -195,12 +196,15 @@ def check_downloads(plan: Plan) -> None:
 
 
 def _check_download(group: str, name: str, revision: str | None, instead: str) -> None:
-    if pretrained.is_local(name) or hub.is_cached(name, revision):
+    if pretrained.is_local(name):
         return
     ways = f"use {instead}, or HF_HUB_OFFLINE=1 with a filled cache."
     if hub.out_of_reach():
+        if hub.is_cached(name, revision):
+            return hub.work_offline()
         raise UserError(
-            f"{group}.name={name} is no local folder and the Hugging Face hub cannot be reached: {ways}"
+            f"{group}.name={name} is no local folder, the cache of the Hugging Face hub does not have it at"
+            f" revision {revision}, and the hub cannot be reached at {hub.address()}: {ways}"
         )
     try:
         hub.fetch_config(name, revision)
@@ -245,7 +249,7 @@ def describe(*plans: Plan) -> Group:
         table.add_column(column, no_wrap=True)
     table.add_column("directory", overflow="fold")
     for step in {step.path: step for each in plans for step in each.steps}.values():
-        table.add_row(step.role, step.key, DOING.get(step.status, "done"), str(step.path))
+        table.add_row(step.role, step.key, DOING.get(step.status, "done"), Text(str(step.path)))
     blocks = list(dict.fromkeys(block for each in plans for block in arithmetic(each)))
     if total := _total(*plans):
         blocks.append(total)

@@ -383,6 +383,18 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Guard:
+    """What a run does when its numbers go wrong. In its key only if it backs off, which shapes them."""
+
+    skips: Annotated[int, Field(ge=0)]
+    """Optimiser steps of a stage that may be left out, their gradient being no number; one more ends it."""
+    kl: Positive | None
+    """Mean KL of a rollout, in nats, above which it is said to run away; null never says so."""
+    action: Literal["warn", "back_off", "stop"]
+    """At that, and when an evaluation finds texts collapsing; back_off halves the learning rates."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Train:
     """How long a command may take. Never part of a key."""
 

@@ -122,7 +122,9 @@ def _measure(
     except Exception as error:
         run.fail(str(error).partition("\n")[0])
         raise
-    Ledger(run.metrics_path).write({"step": 0, "episodes": 0, **metrics})
+    ledger = Ledger(run.metrics_path)
+    ledger.rewind(-1)  # of an attempt that ended between here and its end
+    ledger.write({"step": 0, "episodes": 0, **metrics})
     run.keep_samples(0, rows)
     run.finish()
 

@@ -15,39 +15,80 @@ import threading
 import time
 import warnings
 from collections.abc import Hashable
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import cast
 
 import psutil
+import torch
 from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_cli.config import Recipe, read, recipe
 from rlhf_cli.data.corpus import Corpus, Dataset, digest
+from rlhf_cli.engine import pulse
 from rlhf_cli.engine.stop import Stop
-from rlhf_cli.engine.world import start
-from rlhf_cli.errors import GO_ON, Stopped, UserError
+from rlhf_cli.engine.world import World, start
+from rlhf_cli.errors import GO_ON, OutOfMemory, Stopped, UserError
+from rlhf_cli.secret import masked
 from rlhf_cli.stages.context import Context
 from rlhf_cli.stages.progress import Progress
-from rlhf_cli.store.files import atomic_write
+from rlhf_cli.store.files import atomic_write, disk
 from rlhf_cli.store.run import Run
 from rlhf_cli.track import Mirror, open_mirror
 
-SAID: dict[type[Exception], str] = {UserError: "complaint.txt", Stopped: "stopped.txt"}
+SAID: dict[type[Exception], str] = {
+    UserError: "complaint.txt",
+    Stopped: "stopped.txt",
+    OutOfMemory: "out_of_memory.txt",
+}
 """Files in the run's log folder where a worker leaves the sentence meant for the user."""
+ROOM = 4096
+"""Bytes set aside for each."""
 DRIVER = "RLHF_DRIVER"
 """Variable of the environment that says whom a worker ends with."""
+SLACK_SECONDS = 30
+"""By which a collective is more patient than the watch on each process, which has more to tell."""
+NO_MEMORY = (
+    "can't allocate memory",
+    "annot allocate memory",
+    "std::bad_alloc",
+    "could not create a primitive",
+)
+"""Words of torch where it has no exception of its own."""
 WATCH_SECONDS = 2
 """Between two looks at whether it is still there."""
 
 
-def work(path: Path) -> None:
-    """Carries out the stage that the run directory describes, as one of its processes."""
+def work(path: Path, alone: bool = True) -> None:
+    """Carries out the stage that the run directory describes, as one of its processes.
+
+    alone: whether no launcher watches over it. Raises OutOfMemory if a micro-batch does not fit.
+    """
     run = Run(path)
     typed = recipe(read(run.config_path))
-    world = start(typed.launch.timeout)
+    world = start(typed.launch.timeout + SLACK_SECONDS)
+    missing = ""
+    try:
+        with pulse.watched(run.log, world.rank, typed.launch.timeout, alone):
+            _work(run, typed, world)
+    except (RuntimeError, MemoryError) as error:
+        if not _no_memory(error):
+            raise
+        missing = str(error).strip().partition("\n")[0] or "there is no memory left"
+    if missing:  # not within the handler: the error's frames hold on to all the tensors there are
+        raise OutOfMemory(missing)
+
+
+def _no_memory(error: Exception) -> bool:
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(words in str(error) for words in NO_MEMORY)
+
+
+def _work(run: Run, typed: Recipe, world: World) -> None:
+    path = run.path
     _log_to(run.log / f"rank_{world.rank}.txt")
     title = {"sft": "sft", "reward": "reward model", "rl": typed.name}[typed.stage]
     stopping = Stop(world, run.stop_request).listening()
@@ -131,21 +172,32 @@ def _mirror(run: Run, typed: Recipe, corpus: Corpus) -> Mirror:
     )
 
 
+class _Unsecret(logging.Formatter):
+    """Whatever a library has to say, tracebacks included, less the secrets in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
+
+
 def _log_to(path: Path) -> None:
     """Sends the libraries' log and warnings to a file: the terminal is for the user."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _LogFile(path)
+    handler.setFormatter(_Unsecret("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     for old in root.handlers:
-        old.close()
+        with suppress(OSError):
+            old.close()
     root.handlers = [handler]
     for name in ("DeepSpeed", "transformers", "datasets", "wandb"):
         logger = logging.getLogger(name)
         logger.handlers = []
         logger.propagate = True
     # What the mirror has to say (once) is for the user too.
-    logging.getLogger("rlhf_cli.track").addHandler(logging.StreamHandler())
+    heard = logging.StreamHandler()
+    heard.setFormatter(_Unsecret())
+    logging.getLogger("rlhf_cli.track").addHandler(heard)
     # A fresh reward head is new on purpose; load_reward_model checks that a trained one is not.
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     disable_progress_bar()
@@ -153,17 +205,33 @@ def _log_to(path: Path) -> None:
     warnings.simplefilter("default")
 
 
+class _LogFile(logging.FileHandler):
+    """Ends when the disk refuses, and says so once: the run can do without."""
+
+    _ended = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._ended:
+            self._ended = True
+            said = f"warning: {self.baseFilename} ends here: {error.strerror}"
+            print(said, file=sys.stderr)
+
+
 def end_with_driver(driver: str) -> None:
     """Ends this process, its launcher and its peers here when the driver is gone, however it went.
 
     driver: as `driver` gave it; of another host nothing can be told.
     """
-    host, pid, born = driver.rsplit(" ", 2)
+    host, pid = driver.rsplit(" ", 1)
     if host != socket.gethostname():
         return
+    process = psutil.Process(int(pid)) if psutil.pid_exists(int(pid)) else None
 
     def watch() -> None:
-        while _lives(int(pid), float(born)):
+        while process is not None and _lives(process):
             time.sleep(WATCH_SECONDS)
         os.killpg(0, signal.SIGKILL)
 
@@ -172,16 +240,39 @@ def end_with_driver(driver: str) -> None:
 
 def driver() -> str:
     """Who this process is, for workers that are to end with it."""
-    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time()}"
+    return f"{socket.gethostname()} {os.getpid()}"
 
 
-def _lives(pid: int, born: float) -> bool:
-    """Whether it is there, and no other process has got its number."""
+def _lives(process: psutil.Process) -> bool:
+    """Whether it is there, and no other process has got its number, whatever the clock says."""
     try:
-        process = psutil.Process(pid)
-        return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def expect(log: Path) -> None:
+    """Makes room for what workers may have to say: that the disk is full is said on a full disk."""
+    for name in SAID.values():
+        with disk(log / name):
+            (log / name).write_bytes(bytes(ROOM))
+
+
+def say(log: Path, error: Exception) -> None:
+    """Leaves a sentence for whoever started this worker."""
+    handle = os.open(log / SAID[type(error)], os.O_WRONLY | os.O_CREAT)
+    with open(handle, "wb") as file:
+        file.write(str(error).encode()[:ROOM].ljust(ROOM, b"\0"))  # over what another has said
+
+
+def heard(log: Path) -> Exception | None:
+    """What a worker has said, if one did."""
+    found = None
+    for kind, name in SAID.items():
+        words = (log / name).read_bytes().rstrip(b"\0").decode(errors="replace")
+        (log / name).unlink()
+        found = found or (kind(words) if words else None)
+    return found
 
 
 def main(arguments: list[str]) -> int:
@@ -190,11 +281,12 @@ def main(arguments: list[str]) -> int:
     if DRIVER in os.environ:
         end_with_driver(os.environ[DRIVER])
     try:
-        work(path)
-    except (UserError, Stopped) as error:
-        if os.environ.get("RANK", "0") == "0":
-            atomic_write(Run(path).log / SAID[type(error)], str(error))
-        return 2 if isinstance(error, UserError) else GO_ON
+        work(path, alone=False)
+    except (UserError, Stopped, OutOfMemory) as error:
+        # All stop together; memory may run out, or a server that scores may refuse, in one of them alone.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, Stopped):
+            say(Run(path).log, error)
+        return {UserError: 2, Stopped: GO_ON, OutOfMemory: 1}[type(error)]
     except Exception:
         logging.getLogger(__name__).exception("the stage failed")
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -23,6 +24,16 @@ Typed = Callable[..., tuple[int, str, str]]
 """Words to exit code, stdout and stderr."""
 Rlhf = Callable[..., tuple[int, list[str], str]]
 """Words to exit code, lines of stdout and stderr."""
+
+
+@pytest.hookimpl(
+    tryfirst=True
+)  # before words such as -m "faults or injects" choose among the items
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every test that injects a fault, by its asking for the fixture that notes it."""
+    for item in items:
+        if "fault" in getattr(item, "fixturenames", ()):
+            item.add_marker("injects")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -76,3 +87,13 @@ def rlhf(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> Rlhf:
         return code, [line.rstrip() for line in out.splitlines()], err
 
     return run
+
+
+@pytest.fixture
+def fault(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Notes a fault that a test has injected, what came of it and what it cost: a row of docs/faults.md."""
+
+    def note(injected: str, outcome: str, lost: str = "nothing") -> None:
+        record_property("fault", json.dumps([injected, outcome, lost]))
+
+    return note

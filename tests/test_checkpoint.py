@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def spoil(file: Path, how: str) -> None:
 @pytest.mark.parametrize("name", ["learner-00001.safetensors", "state.safetensors"])
 @pytest.mark.parametrize("how", ["missing", "truncated", "one bit flipped"])
 def test_a_damaged_part_stops_a_resume_with_its_name_and_the_way_out(
-    tmp_path: Path, name: str, how: str
+    tmp_path: Path, name: str, how: str, fault: Callable[..., None]
 ) -> None:
     saved(tmp_path)
     newest = tmp_path / "000003"
@@ -120,10 +121,17 @@ def test_a_damaged_part_stops_a_resume_with_its_name_and_the_way_out(
     found = "is missing" if how == "missing" else "is not as it was written"
     assert str(refused.value) == (f"{newest / name} {found}; delete {newest} to go on from 000002.")
     assert resumed.step_index == 0
+    fault(
+        f"{name} of the newest checkpoint is damaged: {how}",
+        "named with the way out; nothing is loaded, the one before stays",
+        lost="the steps since the checkpoint before",
+    )
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated"])
-def test_without_an_earlier_one_the_way_out_is_to_begin_again(tmp_path: Path, how: str) -> None:
+def test_without_an_earlier_one_the_way_out_is_to_begin_again(
+    tmp_path: Path, how: str, fault: Callable[..., None]
+) -> None:
     saved(tmp_path)
     (older, newest) = checkpoint.whole(tmp_path)
     older.rename(tmp_path / "aside")
@@ -132,6 +140,11 @@ def test_without_an_earlier_one_the_way_out_is_to_begin_again(tmp_path: Path, ho
         checkpoint.resume(tmp_path, learner(start(60), 0, "fp32", 1))
     assert str(refused.value) == (
         f"{newest / 'place.json'} is damaged or missing; delete {newest} to begin the run again."
+    )
+    fault(
+        f"place.json of the only checkpoint is damaged: {how}",
+        "named with the way out; a run never begins again unasked",
+        lost="all steps",
     )
 
 

@@ -36,6 +36,7 @@ def metered(run: Run, episodes: int = 1408, **changes: float) -> Run:
     """The run with one more row, of what it spent; a_run ends at step 11 with 1408 episodes."""
     changed = {f"budget/{name}": value for name, value in changes.items()}
     Ledger(run.metrics_path).write({"step": 12, "episodes": episodes, **SPENT, **changed})
+    run.finish()
     return run
 
 

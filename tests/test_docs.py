@@ -29,7 +29,7 @@ from tests.algos.toys import ARMS, BANDIT, THETA, TREE, World, ascent, close, le
 from tests.conftest import ROOT
 from tests.data_samples import COMMIT, write_rows
 
-PAGES = ["README.md", "docs/adding.md", "docs/comparing.md", "docs/data.md"]
+PAGES = ["README.md", "docs/adding.md", "docs/comparing.md", "docs/data.md", "docs/stopping.md"]
 REAL = {"hh-rlhf": "hh-rlhf", "my-model": "models/stories260K-hf"}
 """What the pages call their reader's own files, and the real ones that stand in for them."""
 ANSWERS = {"chosen": " yes", "rejected": " no"}

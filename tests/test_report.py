@@ -348,6 +348,7 @@ def test_without_samples_what_needs_them_is_left_out_and_said_first(tmp_path: Pa
 def test_unfinished_runs_are_named_and_those_without_evaluation_left_out(tmp_path: Path) -> None:
     done, half, new = (sampled(tmp_path, "ppo", seed) for seed in (1, 2, 3))
     half.update(status="running")
+    new.update(outputs={})
     new.fail("out of memory")
     new.metrics_path.unlink()
     found = made([done, half, new], tmp_path)
@@ -383,6 +384,7 @@ def test_a_gamed_reward_is_noted_beside_the_learning_curves(tmp_path: Path) -> N
     }
     Ledger(run.metrics_path).write({**last, "eval/reward": 5.0, "eval/reward_se": 0.1})
     run.keep_samples(16, [json.loads(line) for line in (run.samples / "000012.jsonl").open()])
+    run.finish()
     found = made([run], tmp_path)
     assert "while responses went from 20 to 60 tokens." in found.under["learning"]
 

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from rlhf_cli.engine import checkpoint
 from rlhf_cli.store.metrics import read
-from rlhf_cli.store.run import Run
-from tests.test_chain import TINY, rlhf
+from rlhf_cli.store.run import Run, all_runs
+from tests.test_chain import TINY, exit_code, rlhf
 
 LONG = [*TINY, "algo=ppo", "track=off", "algo.update.episodes=480", "eval.points=3"]
 """30 rollouts of 16 responses, 60 steps: long enough to be hit on the way."""
@@ -108,7 +110,10 @@ def goes_on_like_its_twin(folder: Path, parents: Path, *words: str, exact: bool 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_stops_a_run_between_two_steps_and_the_same_command_goes_on(
-    started: Callable[..., tuple[Path, subprocess.Popen[str]]], parents: Path, sign: signal.Signals
+    started: Callable[..., tuple[Path, subprocess.Popen[str]]],
+    parents: Path,
+    sign: signal.Signals,
+    fault: Callable[..., None],
 ) -> None:
     folder, child = started()
     child.send_signal(sign)
@@ -125,11 +130,18 @@ def test_a_signal_stops_a_run_between_two_steps_and_the_same_command_goes_on(
     assert [path.name for path in sorted(run.checkpoints.iterdir())][-1] == f"{reached:06d}"
     if sign is signal.SIGTERM:  # the others leave the same behind
         goes_on_like_its_twin(folder, parents)
+    fault(
+        f"{sign.name} to a run in one process",
+        "stops between two steps with a checkpoint, a sentence and exit code 75",
+        lost="0 steps",
+    )
 
 
 @pytest.mark.faults
 def test_two_launched_processes_stop_at_one_step_and_leave_nobody_behind(
-    started: Callable[..., tuple[Path, subprocess.Popen[str]]], parents: Path
+    started: Callable[..., tuple[Path, subprocess.Popen[str]]],
+    parents: Path,
+    fault: Callable[..., None],
 ) -> None:
     folder, child = started(*TWO)
     workers = psutil.Process(child.pid).children(recursive=True)
@@ -139,10 +151,39 @@ def test_two_launched_processes_stop_at_one_step_and_leave_nobody_behind(
     assert child.returncode == 75 and "was stopped by its launcher after step" in said
     assert not [each for each in workers if each.is_running()]
     goes_on_like_its_twin(folder, parents, *TWO, exact=False)
+    fault(
+        "SIGTERM to a run in two launched processes",
+        "both stop after the same step, exit code 75; no process is left; the same command ends the run",
+        lost="0 steps",
+    )
+
+
+def test_a_signal_after_the_last_step_of_a_run_stops_those_that_were_to_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None]
+) -> None:
+    save = checkpoint.save_final
+
+    def interrupted(*words: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*words)
+
+    monkeypatch.setattr(checkpoint, "save_final", interrupted)
+    words = ["train", *TINY, "track=off", f"paths.runs={tmp_path}"]
+    assert exit_code(*words) == 75
+    (sft,) = all_runs(tmp_path)
+    assert sft.stage == "sft" and sft.status() == "done"
+    monkeypatch.undo()
+    assert exit_code(*words) == 0
+    assert len(all_runs(tmp_path)) == 3 and sft.manifest()["segment"] == 1
+    fault(
+        "SIGTERM while a run writes its finished model",
+        "the run is finished, those that were to follow are not begun, exit code 75",
+        lost="0 steps",
+    )
 
 
 def test_a_second_signal_is_obeyed_at_once(
-    started: Callable[..., tuple[Path, subprocess.Popen[str]]],
+    started: Callable[..., tuple[Path, subprocess.Popen[str]]], fault: Callable[..., None]
 ) -> None:
     folder, child = started()
     os.kill(child.pid, signal.SIGSTOP)  # so that both are there before it looks
@@ -151,6 +192,11 @@ def test_a_second_signal_is_obeyed_at_once(
     wait_for(lambda: child.poll() is not None or child.send_signal(signal.SIGTERM) is not None, 30)
     assert child.returncode in (-signal.SIGTERM, 75)
     assert the_run(folder).status() == "interrupted"
+    fault(
+        "SIGTERM twice",
+        "the second is obeyed at once; the run counts as interrupted",
+        lost="the steps since the last checkpoint",
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +207,10 @@ def test_a_second_signal_is_obeyed_at_once(
     ],
 )
 def test_a_driver_that_is_killed_leaves_no_worker_no_lock_and_no_finished_run(
-    started: Callable[..., tuple[Path, subprocess.Popen[str]]], parents: Path, words: list[str]
+    started: Callable[..., tuple[Path, subprocess.Popen[str]]],
+    parents: Path,
+    words: list[str],
+    fault: Callable[..., None],
 ) -> None:
     folder, child = started("checkpoint.every=4", *words)
     workers = psutil.Process(child.pid).children(recursive=True)
@@ -175,11 +224,18 @@ def test_a_driver_that_is_killed_leaves_no_worker_no_lock_and_no_finished_run(
     newest = max(int(path.name) for path in run.checkpoints.iterdir() if path.name[0] != ".")
     assert reached - newest <= 4
     goes_on_like_its_twin(folder, parents, *words, exact=not words)
+    fault(
+        f"SIGKILL to the command, {'two launched processes' if words else 'one process'}",
+        "no process and no lock is left, and no finished run; the same command ends it",
+        lost="at most 4 steps, with checkpoint.every=4",
+    )
 
 
 @pytest.mark.faults
 def test_one_rank_that_is_killed_ends_the_run_with_the_log_and_the_way_on(
-    started: Callable[..., tuple[Path, subprocess.Popen[str]]], parents: Path
+    started: Callable[..., tuple[Path, subprocess.Popen[str]]],
+    parents: Path,
+    fault: Callable[..., None],
 ) -> None:
     folder, child = started(*TWO)
     everybody = psutil.Process(child.pid).children(recursive=True)
@@ -188,13 +244,18 @@ def test_one_rank_that_is_killed_ends_the_run_with_the_log_and_the_way_on(
     ranks[1].kill()
     _, said = child.communicate(timeout=90)
     assert child.returncode == 1
-    assert "a worker of runs/rl/" in said and "give the same command again" in said
+    assert "rank 1 was killed after step" in said and "give the same command again" in said
     assert not [each for each in everybody if each.is_running()]
     goes_on_like_its_twin(folder, parents, *TWO, exact=False)
+    fault(
+        "SIGKILL to one of two processes",
+        "the other and the launchers end; exit code 1 with a sentence; the same command ends the run",
+        lost="the steps since the last checkpoint",
+    )
 
 
 def test_a_command_whose_time_is_up_stops_and_goes_on_when_given_again(
-    parents: Path, tmp_path: Path
+    parents: Path, tmp_path: Path, fault: Callable[..., None]
 ) -> None:
     folder = copied(parents, tmp_path)
     first = rlhf(
@@ -203,3 +264,8 @@ def test_a_command_whose_time_is_up_stops_and_goes_on_when_given_again(
     assert first.returncode == 75, first.stderr
     assert "was stopped by train.max_hours after step 0 of 60" in first.stderr
     goes_on_like_its_twin(folder, parents)
+    fault(
+        "train.max_hours is over",
+        "stops between two steps, exit code 75; the same command ends the run like its twin",
+        lost="0 steps",
+    )

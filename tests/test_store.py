@@ -7,9 +7,11 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +163,7 @@ def test_a_killed_owner_leaves_an_interrupted_run_and_a_free_lock(
     owner.kill()
     owner.communicate()
     assert run.status() == "interrupted"
-    with run.lock(on_wait=lambda: pytest.fail("the lock of a dead process is still held")):
+    with run.lock(on_wait=lambda holder: pytest.fail("the lock of a dead process is still held")):
         assert run.status() == "running"
 
 
@@ -172,16 +174,32 @@ def test_a_second_builder_says_once_that_it_waits_and_then_gets_its_turn(
     owner = holder(run, root)
     said = []
 
-    def let_go() -> None:
-        said.append("waiting")
+    def let_go(holder: str) -> None:
+        said.append(holder)
         assert owner.stdin is not None
         owner.stdin.close()
 
     with run.lock(on_wait=let_go):
         assert owner.wait(timeout=10) == 0
-    assert said == ["waiting"]
+    ((who, since),) = (each.split(", since ") for each in said)
+    assert who == f"process {owner.pid} on {socket.gethostname()}"
+    began = datetime.fromisoformat(since.rstrip(","))
+    assert abs(datetime.now(timezone.utc) - began) < timedelta(minutes=5)
+    assert not list((tmp_path / ".locks").glob("*.holder"))
     assert owner.stdout is not None
     owner.stdout.close()
+
+
+def test_a_beginning_removes_what_a_killed_segment_was_writing(tmp_path: Path) -> None:
+    run = Run(tmp_path / "sft" / "x-0123456789")
+    run.begin("seed: 1\n", {})
+    (run.checkpoints / "000008").mkdir()
+    (run.checkpoints / ".000009.partial").mkdir()
+    (run.checkpoints / ".000009.partial" / "state.safetensors").write_bytes(b"half")
+    (run.samples / ".000009.jsonl.17.tmp").touch()
+    run.begin("seed: 1\n", {})
+    assert [path.name for path in run.checkpoints.iterdir()] == ["000008"]
+    assert list(run.path.rglob(".*")) == []
 
 
 def test_runs_are_found_by_path_name_key_or_beginning(tmp_path: Path) -> None:

@@ -171,6 +171,11 @@ print("wandb" in sys.modules, list(path.iterdir()))
     assert out.stdout.strip() == "False []"
 
 
+def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """What is said to the user."""
+    return [record for record in caplog.records if record.name == "rlhf_cli.track"]
+
+
 class Broken:
     """A W&B run that fails at everything."""
 
@@ -184,12 +189,12 @@ class Broken:
 def test_a_failure_while_logging_is_said_once_and_the_run_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    mirror = Mirror(Broken())
+    mirror = Mirror(Broken)
     for step in range(3):
         mirror.log({"step": step, "episodes": step, "eval/kl": 0.0, "eval/reward": 0.0})
         mirror.samples(step, [{"prompt": "p"}])
     mirror.finish(1)
-    (record,) = caplog.records
+    (record,) = ours(caplog)
     assert record.levelno == logging.WARNING
     assert record.getMessage() == (
         "W&B is off for the rest of this run; metrics.jsonl is complete (no space left)"
@@ -206,7 +211,7 @@ def test_a_failure_at_the_start_gives_a_mirror_that_does_nothing(
     mirror = opened(AUTO, tmp_path)
     mirror.log({"step": 0, "episodes": 0})
     mirror.finish(0)
-    assert [r.getMessage().endswith("(no route to host)") for r in caplog.records] == [True]
+    assert [r.getMessage().endswith("(no route to host)") for r in ours(caplog)] == [True]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +247,7 @@ def test_only_credentials_that_are_already_there_take_a_run_online(
         raise wandb.Error("far enough")
 
     monkeypatch.setattr(wandb, "init", note)
-    opened(track, tmp_path)
+    opened(track, tmp_path).finish(0)
     assert asked["mode"] == expected
     assert asked["id"] == "0123456789" and asked["resume"] == "allow"
     assert asked["dir"] == str(tmp_path)

@@ -17,6 +17,7 @@ from rlhf_cli.data import rows
 from rlhf_cli.data.rows import Row
 from rlhf_cli.data.transcript import TURN, render
 from rlhf_cli.errors import UserError
+from rlhf_cli.trust import refuse_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,8 +105,11 @@ class Template:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=False
+            )
         except Exception as error:  # whatever the parser of a damaged file raises
+            refuse_code(f"data.tokenizer={name}", error)
             raise UserError(
                 f"data.tokenizer={name} cannot be loaded ({_line(error)}); {INSTEAD}."
             ) from error

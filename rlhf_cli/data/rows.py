@@ -154,12 +154,11 @@ def read_hub(
 
     columns: those without which the dataset is the wrong one; all columns are in the rows.
     """
-    if hub.out_of_reach():
-        raise _no_hub(repository, "cannot be reached")
+    place = _on_hub(repository, revision)
     import datasets
 
     try:
-        table = datasets.load_dataset(repository, data_dir=folder, revision=revision, split=split)
+        table = datasets.load_dataset(**place, data_dir=folder, split=split)
     except (
         Exception
     ) as error:  # the library raises a dozen unrelated types, all meaning the same here
@@ -176,14 +175,31 @@ def read_hub(
 
 def hub_splits(repository: str, revision: str) -> list[str]:
     """What the splits of a dataset on the hub are called."""
-    if hub.out_of_reach():
-        raise _no_hub(repository, "cannot be reached")
+    place = _on_hub(repository, revision)
     import datasets
 
     try:
-        return list(datasets.get_dataset_split_names(repository, revision=revision))
+        return list(datasets.get_dataset_split_names(**place))
     except Exception as error:  # as above
         raise _no_hub(repository, f"could not be loaded ({type(error).__name__})") from error
+
+
+def _on_hub(repository: str, revision: str) -> dict[str, str]:
+    """Where `datasets` is to look for a dataset: on the hub, or in its cache if the hub is out of reach.
+
+    Left to itself without the hub, it would take whatever commit it had read last.
+    """
+    if not hub.is_offline() and not hub.out_of_reach():
+        return {"path": repository, "revision": revision}
+    folder = hub.cached_dataset(repository, revision)
+    if folder is None:
+        tried = "HF_HUB_OFFLINE=1" if hub.is_offline() else f"{hub.address()} does not answer"
+        raise _no_hub(repository, f"is not in the cache at commit {revision} and {tried}")
+    for file in sorted(folder.rglob("*.parquet")):
+        if match := _SHARD.search(file.name):
+            files_of(file.parent, file.name[: match.start()])  # half a set is no set
+    hub.work_offline()
+    return {"path": str(folder)}
 
 
 def _json_lines(file: Path, drops: Drops) -> Iterator[Row]:

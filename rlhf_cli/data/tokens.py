@@ -7,6 +7,9 @@ scored has the boundary in the same place, whatever merges the tokenizer would m
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ import numpy as np
 from filelock import FileLock
 
 from rlhf_cli.data.corpus import Dataset
+from rlhf_cli.store.files import disk, sha256, to_disk
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,6 +32,8 @@ REVISION = 2
 """Raised by hand when the same text gets other ids, so that no cache of older ones is read."""
 AT_ONCE = 1024
 """Texts per call of the tokenizer, which works on them in parallel."""
+
+FILES, DIGESTS = ("ids.npy", "ends.npy"), "sha256.json"
 
 Ids: TypeAlias = list[int]
 
@@ -124,11 +130,10 @@ def uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 class Encoded(Sequence[tuple[Ids, ...]]):
-    """Rows of a few id lists each, read from a file in place: nothing is loaded until it is asked for."""
+    """Rows of a few id lists each, read from a file in place: nothing is kept until it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._ids: NDArray[Any] = np.load(folder / "ids.npy", mmap_mode="r")
-        self._ends: NDArray[Any] = np.load(folder / "ends.npy", mmap_mode="r")
+        self._ids, self._ends = (np.load(folder / name, mmap_mode="r") for name in FILES)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -158,15 +163,33 @@ def encoded(
     """(prompt, response, …) rows as ids, out of the cache if they were encoded before.
 
     The first process that comes encodes and tells how far it is (rows done, rows in all); the others
-    wait for it. A cache is whole or it is not there: it is written under another name first.
+    wait for it. A cache is written under another name first, and read through against its digests on each
+    opening: 1.4 seconds per GB, about what it takes to hash the texts for its name. One that is damaged is
+    made anew. Raises UserError if the disk refuses.
     """
     folder = cache / "tokens" / _name(encoder, rows)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.exists():
-                _write(encoder, rows, folder, told)
+    if not _is_whole(folder):
+        with disk(folder, "paths.cache"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                if not _is_whole(folder):
+                    if folder.exists():
+                        logging.getLogger(__name__).warning("%s is damaged: made anew", folder)
+                    _write(encoder, rows, folder, told)
     return Encoded(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether it is there, as it was written, and holds numbers: whoever planted it may know of digests."""
+    try:
+        digests = json.loads((folder / DIGESTS).read_bytes())
+        return all(
+            sha256(folder / name) == digests[name]
+            and np.load(folder / name, mmap_mode="r").dtype.kind == "i"
+            for name in FILES
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _name(encoder: Encoder, rows: Iterable[tuple[str, ...]]) -> str:
@@ -198,8 +221,17 @@ def _write(
         told(at + len(some), len(rows))
     columns_each = len(lengths[0]) if lengths else 1
     ends = np.array(lengths, dtype=np.int64).cumsum().reshape(len(rows), columns_each)
+    ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     fresh = folder.with_suffix(".part")
-    fresh.mkdir(exist_ok=True)
-    np.save(fresh / "ids.npy", np.concatenate(parts) if parts else np.zeros(0, np.int32))
-    np.save(fresh / "ends.npy", ends)
-    fresh.rename(folder)
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        for name, array in zip(FILES, (ids, ends), strict=True):
+            np.save(fresh / name, array)
+        digests = {name: sha256(fresh / name) for name in FILES}
+        (fresh / DIGESTS).write_text(json.dumps(digests))
+        to_disk(fresh)
+        shutil.rmtree(folder, ignore_errors=True)  # who still reads it keeps what it reads
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)

@@ -11,18 +11,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.engine import masters
 from rlhf_cli.engine.learner import Learner
+from rlhf_cli.engine.saved import check_saved
 from rlhf_cli.engine.world import World
 from rlhf_cli.errors import UserError
 from rlhf_cli.models.tuning import merged
@@ -49,9 +51,9 @@ def save(
     """
     name = f"{learner.step_index:06d}"
     partial = folder / f".{name}.partial"
-    with disk(partial):
+    tidy = _gone_unless_whole(partial) if world.is_main else nullcontext()
+    with disk(folder / name, needed=_bytes(whole(folder)[-1:])), tidy:
         if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         shards = _Shards(partial)
         for key, tensor in masters.gathered(learner.engine, learner.launch.zero):
@@ -64,11 +66,27 @@ def save(
             place = {**place, "step": learner.step_index}
             (partial / PLACE).write_text(json.dumps({**place, "files": files}, indent=2))
             to_disk(partial)
-            shutil.rmtree(folder / name, ignore_errors=True)
+            _remove(folder / name)
             os.replace(partial, folder / name)
             for old in whole(folder)[:-keep]:
-                shutil.rmtree(old)
+                _remove(old)
     world.barrier()
+
+
+@contextmanager
+def _gone_unless_whole(partial: Path) -> Iterator[None]:
+    """Begins without what a crash may have left of it, and leaves nothing of it on a disk that refuses."""
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _bytes(folders: Iterable[Path]) -> int:
+    """What is in them."""
+    return sum(file.stat().st_size for folder in folders for file in folder.iterdir())
 
 
 @dataclass
@@ -90,6 +108,14 @@ class _Shards:
         self.waiting.clear()
 
 
+def _remove(folder: Path) -> None:
+    """Of a link only the link: what it leads to is someone else's."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
 def whole(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(p for p in folder.glob("[0-9]*") if p.is_dir())
@@ -106,14 +132,20 @@ def resume(folder: Path, learner: Learner) -> tuple[dict[str, Tensor], dict[str,
         return None
     newest = found[-1]
     place = _checked(newest, found[:-1])
-    masters.restore(learner.engine, learner.launch.zero, _reader(newest))
-    learner.step_index = int(place["step"])
-    return load_file(newest / STATE), place
+    try:
+        masters.restore(learner.engine, learner.launch.zero, _reader(newest))
+        learner.step_index = int(place["step"])
+        return load_file(newest / STATE), place
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{newest} is no checkpoint of this run ({first}); delete {newest} {_way(found[:-1])}."
+        ) from error
 
 
 def _checked(folder: Path, earlier: list[Path]) -> dict[str, Any]:
     """Where the loop stood. Raises UserError for the first file that is not as it was written."""
-    way = f"to go on from {earlier[-1].name}" if earlier else "to begin the run again"
+    way = _way(earlier)
     try:
         place: dict[str, Any] = json.loads((folder / PLACE).read_text())
         files = place["files"].items()
@@ -127,6 +159,11 @@ def _checked(folder: Path, earlier: list[Path]) -> dict[str, Any]:
         if sha256(folder / name) != digest:
             raise UserError(f"{folder / name} is not as it was written; delete {folder} {way}.")
     return place
+
+
+def _way(earlier: list[Path]) -> str:
+    """What deleting the newest checkpoint leads to."""
+    return f"to go on from {earlier[-1].name}" if earlier else "to begin the run again"
 
 
 def _reader(folder: Path) -> Callable[[str], Tensor]:
@@ -144,16 +181,20 @@ def save_final(
     Adapters are merged into the weights, so that any library reads it.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    merged(model).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    whole_model = merged(model)
+    needed = sum(each.nbytes for each in whole_model.parameters())
+    with disk(folder, needed=needed), _gone_unless_whole(partial):
+        partial.mkdir(parents=True)
+        whole_model.save_pretrained(partial)
+        check_saved(partial, whole_model)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card)
+        to_disk(partial)
+        _remove(folder)
+        os.replace(partial, folder)
 
 
 def drop_resume_points(folder: Path) -> None:
     """Removes what only a resume would need, once the run is done."""
     for old in whole(folder):
-        shutil.rmtree(old)
+        _remove(old)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_cli.engine import pulse
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -49,7 +51,16 @@ def in_parts(
     groups = attention.sum(-1).view(-1, group).amax(-1).argsort(stable=True)
     offsets = torch.arange(group, device=groups.device)
     for some in groups.split(max(1, most // group)):
+        pulse.beat()
         yield cut((some.unsqueeze(-1) * group + offsets).flatten(), tokens, attention, mask)
+
+
+def longest(rows: int, prompt: int, response: int, device: torch.device) -> Rows:
+    """As many rows of the greatest length there may be: what a rehearsal of memory is made of."""
+    tokens = torch.zeros(rows, prompt + response, dtype=torch.long, device=device)
+    attention = torch.ones_like(tokens, dtype=torch.bool)
+    mask = torch.ones(rows, response, device=device)
+    return Rows(torch.arange(rows, device=device), tokens, attention, mask)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.core.algorithm import Terms
 from rlhf_cli.core.masked import averages
-from rlhf_cli.engine import masters
+from rlhf_cli.engine import masters, pulse
 from rlhf_cli.engine.world import World
 from rlhf_cli.recipes import Launch, Optim
 
@@ -76,6 +76,8 @@ class Learner:
         )
         masters.begin(self.engine)
         self.step_index = 0
+        self.ease = 1.0
+        """Factor on all learning rates beside their schedule."""
 
     def step(
         self, parts: Sequence[Part], judge: Callable[[Part], Judged], only: str | None = None
@@ -83,7 +85,8 @@ class Learner:
         """One optimiser step over this process's `parts` of a minibatch.
 
         only: the one submodule that learns, if not all do. Returns averaged terms over all processes:
-        the loss, each of its terms, each watched term, the gradient norm, the rate of the policy.
+        the loss, each of its terms, each watched term, the gradient norm, the rate of the policy, and
+        `skipped`: 1 if the gradient was no number, and weights and moments stay as they are.
         """
         self.engine.train()
         totals: dict[str, float] = {}
@@ -102,7 +105,7 @@ class Learner:
                 }
             for name, value in seen.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach())
-        factor = schedule(self.optim, self.step_index, self.steps)
+        factor = self.ease * schedule(self.optim, self.step_index, self.steps)
         rates = [
             peak * factor if only in (None, name) else 0.0
             for name, peak in zip(self._names, self._peaks, strict=True)
@@ -110,12 +113,33 @@ class Learner:
         for group, rate in zip(self.engine.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         norm = self._gradient_norm()
-        self.engine.step()
-        self.step_index += 1
-        totals = self.world.sum(totals)
-        if norm is None:
+        if norm is None:  # a wrapper that looks at the gradient by itself, and reports it
+            self.engine.step()
+            taken = self.engine.was_step_applied()
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-        return {**totals, "grad_norm": norm, "lr": rates[0]}
+        elif taken := math.isfinite(norm):
+            self.engine.step()
+        else:
+            self.engine.optimizer.zero_grad()
+        self.step_index += 1
+        pulse.beat(self.step_index)
+        totals = self.world.sum(totals)
+        return {**totals, "grad_norm": norm, "lr": rates[0], "skipped": float(not taken)}
+
+    def rehearse(self, *inputs: object) -> None:
+        """Goes once through the module and back through what it says of `inputs`, and forgets both.
+
+        With the largest micro-batch there may be, memory that cannot suffice runs out before the first step
+        instead of hours later. Not under ZeRO 3, whose hooks would take it for a step.
+        """
+        if self.launch.zero == 3:
+            return
+        self.engine.train()
+        learning = [p for p in self.engine.module.parameters() if p.requires_grad]
+        said = self.engine.module(*inputs)  # not through the engine, which would count it
+        terms = said.values() if isinstance(said, Mapping) else [said]
+        sums = [term.float().sum() for term in terms if term.requires_grad]
+        torch.autograd.grad(torch.stack(sums).sum(), learning, allow_unused=True)
 
     @torch.no_grad()
     def follow(self, leader: str, follower: str, keep: float) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from rlhf_cli.engine import pulse
 from rlhf_cli.models.heads import positions
 from rlhf_cli.models.tuning import Policy
 
@@ -100,6 +101,7 @@ def draw(
     alive = torch.arange(rows, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for t in range(longest):
+        pulse.beat()
         column = width + t
         if temperature == 0:
             chosen = logits.argmax(-1)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +22,7 @@ from rlhf_cli.engine.world import World
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what schedulers are told to send ahead of time."""
 DEADLINE = "RLHF_DEADLINE"
-"""Variable of the environment: seconds since the epoch after which to stop."""
+"""Variable of the environment: when to stop, by this machine's monotonic clock, which nobody sets."""
 
 
 @contextmanager
@@ -67,6 +67,10 @@ class Stop:
 
     def _hear(self, heard: signal.Signals) -> None:
         self._heard = heard
+        with suppress(
+            OSError
+        ):  # stays for whoever launched this, should the run end before it asks again
+            self._file.touch()
 
     def asked(self) -> str:
         """Why, in a word; empty if nobody asks. All processes must call it together."""
@@ -74,7 +78,7 @@ class Stop:
         reasons = {
             **{each.name: self._heard is each for each in SIGNALS},
             "its launcher": main and self._file.exists(),
-            "train.max_hours": main and time.time() > float(os.environ.get(DEADLINE, "inf")),
+            "train.max_hours": main and time.monotonic() > float(os.environ.get(DEADLINE, "inf")),
         }
         agreed = self._world.sum({name: float(asks) for name, asks in reasons.items()})
         return next((name for name, asks in agreed.items() if asks), "")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from rlhf_cli.printable import in_cell, in_markdown
 from rlhf_cli.store.files import atomic_write, disk
 
 Kind = Literal["csv", "json", "md", "tex"]
@@ -166,8 +167,8 @@ def _csv(grid: Grid) -> str:
     ]
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\n")
-    writer.writerow(name for name, _ in columns)
-    writer.writerows(zip(*(cells for _, cells in columns), strict=True))
+    writer.writerow(in_cell(name) for name, _ in columns)
+    writer.writerows(zip(*(map(in_cell, cells) for _, cells in columns), strict=True))
     return written.getvalue()
 
 
@@ -191,11 +192,16 @@ def _plain(cell: object) -> object:
 
 def _markdown(grid: Grid) -> str:
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
+
+    def cell(value: object) -> str:
+        return in_markdown(value) if isinstance(value, str) else shown(value)
 
     rules = ("---:" if right else "---" for right in numeric(grid))
-    body = [line(grid.columns), line(rules), *(line(map(shown, row)) for row in grid.rows)]
-    return "\n\n".join([f"**{grid.title}**", "\n".join(body), *grid.notes]) + "\n"
+    body = [line(map(cell, grid.columns)), line(rules)]
+    body += [line(map(cell, row)) for row in grid.rows]
+    title = f"**{in_markdown(grid.title)}**"
+    return "\n\n".join([title, "\n".join(body), *map(in_markdown, grid.notes)]) + "\n"
 
 
 def _latex(grid: Grid) -> str:

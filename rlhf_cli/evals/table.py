@@ -79,10 +79,12 @@ class SeedMean:
 def points(runs: Sequence[Run]) -> list[Point]:
     """Every evaluation of the RL runs among `runs`, by curve, seed and step.
 
-    Raises UserError for a damaged manifest or ledger.
+    Raises UserError for a damaged manifest or ledger, and for one that is not as its run has left it.
     """
     manifests = {run: run.manifest() for run in runs}
     manifests = {run: m for run, m in manifests.items() if m.get("stage") == "rl"}
+    for run in manifests:
+        run.check(run.metrics_path.name)
     curves = _curves(manifests)
     table = [
         _point(curves[run], manifest, row)

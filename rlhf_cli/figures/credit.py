@@ -26,6 +26,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 
 from rlhf_cli.figures.style import BLUE, ORANGE, PANEL, RC
+from rlhf_cli.printable import on_one_line, visible
 from rlhf_cli.store.files import atomic_write, disk
 
 DEEPEST = 0.75
@@ -107,23 +108,6 @@ def tint(value: float, limit: float) -> str:
     return str(to_hex((mixed[0], mixed[1], mixed[2])))
 
 
-def visible(text: str) -> str:
-    """The text with control characters shown as pictures of themselves; newlines stay."""
-    return "".join(
-        chr(0x2400 + ord(c))
-        if ord(c) < 32 and c != "\n"
-        else "\u2421"
-        if 127 <= ord(c) < 160
-        else c
-        for c in text
-    )
-
-
-def shown(token: str) -> str:
-    """A token on one line."""
-    return visible(token).replace("\n", "\u23ce")
-
-
 def width(text: str) -> int:
     """Columns of a text in a monospaced font."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
@@ -176,7 +160,7 @@ def fill(figure: FigureBase, heatmap: Heatmap) -> None:
     )
     bar.set_label("credit per token: beta log(pi / pi_ref)", fontsize=7)
     bar.outline.set_visible(False)
-    said = "\n".join(f"{name}: {value}" for name, value in heatmap.facts.items())
+    said = "\n".join(f"{name}: {visible(value)}" for name, value in heatmap.facts.items())
     figure.suptitle(said, fontsize=6.5, parse_math=False)
 
 
@@ -194,7 +178,7 @@ def _layouts(heatmap: Heatmap) -> list[_Layout]:
     least = 0.65 * len(heatmap.number(-heatmap.limit)) + 0.5
     layouts = []
     for answer in heatmap.answers:
-        texts = [_clipped(shown(token)) for token in answer.tokens]
+        texts = [_clipped(on_one_line(token)) for token in answer.tokens]
         widths = [max(width(text), least) for text in texts]
         layouts.append(_Layout(texts, widths, lines(widths, COLUMNS)))
     return layouts
@@ -289,10 +273,11 @@ def page(heatmap: Heatmap) -> str:
         )
 
     pairs = (
-        f"<dt>{html.escape(n)}</dt><dd>{html.escape(v)}</dd>" for n, v in heatmap.facts.items()
+        f"<dt>{html.escape(n)}</dt><dd>{html.escape(visible(v))}</dd>"
+        for n, v in heatmap.facts.items()
     )
     return PAGE.substitute(
-        title=html.escape(" / ".join(heatmap.facts.values())),
+        title=html.escape(visible(" / ".join(heatmap.facts.values()))),
         low=tint(-heatmap.limit, heatmap.limit),
         high=tint(heatmap.limit, heatmap.limit),
         facts="".join(pairs),

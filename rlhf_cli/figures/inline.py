@@ -15,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from rlhf_cli.figures.style import RC
+from rlhf_cli.printable import visible
 
 INK, FAINT = "#3a3f47", "#d6dade"
 INLINE: dict[str, Any] = RC | {
@@ -49,9 +50,9 @@ def inline(figure: Figure, name: str, title: str) -> str:
     root = _bare(ElementTree.fromstring(buffer.getvalue()))
     for side in ("width", "height", "version"):
         del root.attrib[side]
-    root.attrib |= {"role": "img", "aria-label": title}
+    root.attrib |= {"role": "img", "aria-label": visible(title)}
     called = ElementTree.Element("title")
-    called.text = title
+    called.text = visible(title)
     root.insert(0, called)
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
 

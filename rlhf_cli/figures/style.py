@@ -39,6 +39,7 @@ RC: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "pdf.fonttype": 42,  # TrueType: text in the pdf stays text
+    "text.parse_math": False,  # names are what runs say; a dollar sign in one opens no formula
 }
 """Matplotlib settings; use them with `matplotlib.rc_context`."""
 

@@ -12,6 +12,7 @@ from rlhf_cli.evals import grid
 from rlhf_cli.figures.result import Result
 from rlhf_cli.figures.spec import Scale, Spec
 from rlhf_cli.figures.style import pictures
+from rlhf_cli.printable import in_cell, in_markdown
 from rlhf_cli.store.files import atomic_write, disk
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.provenance import origin
@@ -48,7 +49,7 @@ def as_csv(rows: Sequence[Mapping[str, object]]) -> str:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({n: "" if v is None or v != v else v for n, v in row.items()})
+        writer.writerow({n: "" if v is None or v != v else in_cell(v) for n, v in row.items()})
     return text.getvalue()
 
 
@@ -100,4 +101,4 @@ def _evaluations(run: Run) -> list[Mapping[str, float]]:
 
 
 def _listed(values: Sequence[object]) -> str:
-    return ", ".join(dict.fromkeys(map(str, values)))
+    return in_markdown(", ".join(dict.fromkeys(map(str, values))))

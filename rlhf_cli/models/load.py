@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers import (
 from rlhf_cli.errors import UserError
 from rlhf_cli.models.tokenizer import load_tokenizer
 from rlhf_cli.recipes import Model, Scratch
+from rlhf_cli.trust import refuse_code
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SCORE_OFFSET, SCORE_SCALE = "rlhf_score_offset", "rlhf_score_scale"
@@ -181,9 +183,20 @@ def load(  # type: ignore[no-untyped-def]
     try:
         with _kernel(attention) as kernel:
             return kind.from_pretrained(  # type: ignore[attr-defined]
-                str(name), revision=revision or "main", dtype=DTYPES[precision], **options, **kernel
+                str(name),
+                revision=revision or "main",
+                dtype=DTYPES[precision],
+                trust_remote_code=False,
+                **options,
+                **kernel,
             )
+    except UnpicklingError as error:
+        raise UserError(
+            f"model.name={name}: its weights hold more than tensors, which may be code and is not read;"
+            " give a folder with model.safetensors."
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
+        refuse_code(f"model.name={name}", error)
         first = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
             f"model.name={name}: its weights cannot be loaded ({first}); give a whole folder, or a"
@@ -206,7 +219,9 @@ def _kernel(attention: str) -> Iterator[dict[str, Any]]:
 
 def context_length(name: str | Path, revision: str | None) -> int | None:
     """Longest sequence the model was made for, in tokens; None if its config does not say."""
-    config = AutoConfig.from_pretrained(str(name), revision=revision or "main")
+    config = AutoConfig.from_pretrained(
+        str(name), revision=revision or "main", trust_remote_code=False
+    )
     return getattr(config, "max_position_embeddings", None)
 
 

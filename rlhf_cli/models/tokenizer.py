@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from rlhf_cli.errors import UserError
 from rlhf_cli.recipes import Model
+from rlhf_cli.trust import refuse_code
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -55,8 +56,11 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     end token.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
     except Exception as error:  # damaged files raise whatever the parser of each kind raises
+        refuse_code(f"model.name={name}", error)
         first = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
             f"model.name={name}: its tokenizer cannot be loaded ({first}); give a whole folder, or a"

@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_cli.evals.grid import Cell, numeric, shown
-from rlhf_cli.figures.credit import visible
+from rlhf_cli.printable import visible
 from rlhf_cli.report.material import Material
 from rlhf_cli.report.parts import Report, report
 from rlhf_cli.store.files import atomic_write, disk
@@ -20,11 +20,6 @@ from rlhf_cli.store.run import Run
 
 NAME = "report.html"
 """Of the file, where only a folder is given."""
-_DIRECTIONS = {
-    ord(c): f"\u27e8U+{ord(c):04X}\u27e9"
-    for c in "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-}
-"""Characters without a picture that turn the direction of what follows."""
 
 
 def write(runs: Sequence[Run], out: Path, kls: Sequence[float], command: str) -> Path:
@@ -66,4 +61,4 @@ def _finalised(value: object) -> object:
     """Text as it may stand on the page; what is marked as safe passes."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
-    return visible(value).translate(_DIRECTIONS)
+    return visible(value)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.models.load import SCORE_OFFSET, SCORE_SCALE
+from rlhf_cli.printable import as_code
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.pretrained import is_local
 
@@ -157,6 +158,6 @@ def _origin(ctx: Context) -> Iterator[str]:
         yield f"- first weights: a local folder (`{base.label}`), under its own licence"
     else:
         yield f"- first weights: `{base.name}` at `{base.revision}`, under its own licence"
-    yield f"- command: `{manifest.get('command', '-')}`"
+    yield f"- command: {as_code(manifest.get('command', '-'))}"
     changed = f", with changes ({manifest['patch']})" if manifest.get("patch") else ""
     yield f"- commit of rlhf-cli: {manifest.get('commit') or 'unknown'}{changed}"

@@ -9,19 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlhf_cli.config import Recipe
 from rlhf_cli.core.algorithm import State
 from rlhf_cli.data.corpus import Corpus
 from rlhf_cli.data.tokens import AT_ONCE, Encoded, Encoder, encoded
-from rlhf_cli.engine import checkpoint
+from rlhf_cli.engine import checkpoint, pulse
 from rlhf_cli.engine.learner import Learner
 from rlhf_cli.engine.stop import Stop
 from rlhf_cli.engine.world import World
-from rlhf_cli.errors import Stopped, UserError
+from rlhf_cli.errors import Stopped
 from rlhf_cli.stages.chain import Chain
+from rlhf_cli.stages.guard import Guard
 from rlhf_cli.stages.progress import Progress
 from rlhf_cli.store.metrics import Ledger, read
 from rlhf_cli.store.run import Run
@@ -54,6 +54,11 @@ class Context:
     @cached_property
     def _ledger(self) -> Ledger:
         return Ledger(self.run.metrics_path)
+
+    @cached_property
+    def guard(self) -> Guard:
+        """What watches the run's numbers."""
+        return Guard(self.recipe.guard, self.progress.warn)
 
     def final(self, role: str) -> Path:
         """The model folder of a parent."""
@@ -102,7 +107,8 @@ class Context:
     def save(self, learner: Learner, state: Mapping[str, Tensor]) -> None:
         """Makes a checkpoint to resume from."""
         wall = self.wall_before + time.perf_counter() - self.began
-        keep, place = self.recipe.checkpoint.keep, {"wall": wall}
+        keep, place = self.recipe.checkpoint.keep, {"wall": wall, **self.guard.state(learner)}
+        pulse.rest()
         checkpoint.save(self.run.checkpoints, learner, self.world, dict(state), place, keep)
         self.kept = learner.step_index
 
@@ -126,18 +132,10 @@ class Context:
         found = checkpoint.resume(self.run.checkpoints, learner)
         if self.world.is_main:
             self._ledger.rewind(learner.step_index if found else -1)
+            self._ledger.check_reaches(learner.step_index)
         if found is None:
             return None
         state, place = found
         self.wall_before, self.kept = place["wall"], learner.step_index
+        self.guard.restore(place, learner)
         return {name: tensor.to(self.world.device) for name, tensor in state.items()}
-
-
-def check_finite(metrics: Mapping[str, float], step: int) -> None:
-    """Stops a run whose loss or gradient is no longer a number."""
-    for name in ("loss", "grad_norm"):
-        if not torch.isfinite(torch.tensor(metrics[name])):
-            raise UserError(
-                f"train/{name} is {metrics[name]} at step {step}: the run diverged; lower the "
-                "learning rate or raise beta (the last checkpoint is kept)"
-            )

@@ -17,6 +17,8 @@ from rich.progress import (
     Progress as Bar,
 )
 
+from rlhf_cli.printable import visible
+
 LINES = 8
 """Lines a stage prints where there is no terminal."""
 
@@ -83,4 +85,5 @@ class Progress:
     def warn(self, sentence: str) -> None:
         """Says something that must not be missed, above the bar."""
         if self.enabled:
-            self.console.print(f"{self.title}  warning: {sentence}", soft_wrap=True)
+            said = visible(f"{self.title}  warning: {sentence}")
+            self.console.print(said, soft_wrap=True, markup=False)

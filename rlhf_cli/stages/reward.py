@@ -37,7 +37,7 @@ from rlhf_cli.models.tokenizer import load_tokenizer
 from rlhf_cli.models.tuning import tuned
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context
-from rlhf_cli.stages.supervised import Batch, fit, require, responses, right_padded
+from rlhf_cli.stages.supervised import Batch, fit, rehearsal, require, responses, right_padded
 from rlhf_cli.store.files import atomic_write
 
 T = TypeVar("T")
@@ -89,6 +89,8 @@ def main(ctx: Context) -> None:
             "eval/accuracy_high": high,
         }
 
+    part = rehearsal(ctx, 2 * recipe.batch)
+    learner.rehearse(part.tokens, part.attention)
     fit(
         ctx, learner, len(rows), recipe.batch, recipe.seed, collate, judge,
         lambda mask: {1: float(recipe.batch)}, evaluate, group=2,

@@ -8,6 +8,7 @@ for each rollout:  responses of the current policy, scored by every model the al
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from rlhf_cli.core.masked import denominators
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine import checkpoint
-from rlhf_cli.engine.forward import Rows, in_parts
+from rlhf_cli.engine.agreement import check_drawing
+from rlhf_cli.engine.forward import Rows, in_parts, longest
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import shuffled
 from rlhf_cli.engine.rollout import Collector
@@ -31,7 +33,7 @@ from rlhf_cli.models.heads import Actor, next_logits
 from rlhf_cli.models.load import zero_head
 from rlhf_cli.models.tuning import WithoutAdapters, tuned
 from rlhf_cli.stages.card import model_card
-from rlhf_cli.stages.context import Context, check_finite
+from rlhf_cli.stages.context import Context
 from rlhf_cli.stages.evaluate import Evaluator, check_start
 from rlhf_cli.stages.feed import Feed
 from rlhf_cli.stages.meter import Meter
@@ -63,8 +65,11 @@ def main(ctx: Context) -> None:
     due = {round(rollouts * (i + 1) / points) for i in range(points)}
 
     found = ctx.resume(learner)
+    _rehearse(ctx, learner)
     if found is None:
         _evaluate(ctx, evaluator, learner, 0, meter.row())
+        with learner.whole() as actor:
+            check_drawing(collector, actor, main_feed.batch(prompts_each, 0))  # type: ignore[arg-type]
     state = meter.restore(replay.restore(found or {}, sampling.sources))
 
     def kept() -> dict[str, Tensor]:
@@ -98,7 +103,9 @@ def main(ctx: Context) -> None:
         ]
         learned = time.perf_counter()
         meter.add(drawn, extra[0].rollout if extra else None, learned - began)
-        row = {**_row(ctx, collector, drawn, steps), **meter.row()}
+        row = {**_row(collector, drawn, steps), **meter.row()}
+        ctx.guard.kl(row["train/kl"], learner)
+        row |= ctx.guard.row(learner)
         row |= {
             "episodes": (index + 1) * update.batch,
             "perf/step_seconds": learned - began,
@@ -159,6 +166,16 @@ def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
     return collector, learner
 
 
+def _rehearse(ctx: Context, learner: Learner) -> None:
+    """Makes sure that the largest micro-batch there may be fits into memory."""
+    algo, data = ctx.recipe.algo, ctx.recipe.data
+    group, share = algo.sampling().responses, algo.update.batch // algo.update.minibatches
+    most = min(ctx.recipe.launch.micro_batch, share // ctx.world.size)
+    rows = max(group, most // group * group)
+    part = longest(rows, data.max_prompt_tokens, data.max_response_tokens, ctx.world.device)
+    learner.rehearse(part.tokens, part.attention, part.length)
+
+
 def _step(
     ctx: Context,
     learner: Learner,
@@ -175,9 +192,8 @@ def _step(
         for cut in _cuts(ctx, stream, prompts.to(stream.rollout.mask.device))
     ]
     metrics = learner.step(parts, lambda judge: judge(), only)
-    if Model.Q in algo.needs:
+    if ctx.guard.after(metrics, learner) and Model.Q in algo.needs:
         learner.follow("q", "q_target", algo.tau)  # type: ignore[attr-defined]
-    check_finite(metrics, learner.step_index)
     return metrics
 
 
@@ -246,10 +262,9 @@ def _log_ratio(now: Forward, view: Rollout) -> Tensor:
     return sequence_sum(now.logp - view.logp_old, view.mask).abs()
 
 
-def _row(
-    ctx: Context, collector: Collector, rollout: Rollout, steps: list[dict[str, float]]
-) -> dict[str, float]:
-    """What a rollout and its optimiser steps looked like on average."""
+def _row(collector: Collector, rollout: Rollout, steps: list[dict[str, float]]) -> dict[str, float]:
+    """What a rollout and its optimiser steps looked like on average; those left out do not count."""
+    steps = [each for each in steps if math.isfinite(each["grad_norm"])] or steps
     row = {f"train/{k}": sum(s[k] for s in steps) / len(steps) for k in steps[0]}
     assert rollout.logp_ref is not None
     row["train/kl"] = float(sequence_sum(rollout.logp_old - rollout.logp_ref, rollout.mask).mean())
@@ -269,10 +284,12 @@ def _evaluate(
     if step == 0:
         check_start(metrics)
     whole = {"episodes": 0, **row, **metrics}
-    for alarm in alarms(ctx.first(), whole):
-        ctx.progress.warn(f"step {step}: {alarm}; read samples/{step:06d}.jsonl, and raise beta.")
     ctx.samples(step, samples)
     ctx.report(step, whole, _note("eval", whole))
+    alarm = "; ".join(alarms(ctx.first(), whole))
+    # Only the main process knows the first row; what is done about it all must do alike.
+    if ctx.world.sum({"alarm": float(bool(alarm))})["alarm"]:
+        ctx.guard.alarm(f"{alarm} (read samples/{step:06d}.jsonl)", learner)
 
 
 def _note(kind: str, row: Mapping[str, float]) -> str:

@@ -25,7 +25,7 @@ from rlhf_cli.models.tokenizer import tokenizer_of
 from rlhf_cli.models.tuning import tuned
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context
-from rlhf_cli.stages.supervised import Batch, fit, require, responses, right_padded
+from rlhf_cli.stages.supervised import Batch, fit, rehearsal, require, responses, right_padded
 
 
 def main(ctx: Context) -> None:
@@ -69,6 +69,8 @@ def main(ctx: Context) -> None:
             ending = _ending(ctx, cast(Actor, actor), tokenizer) if last else {}
         return {"eval/loss": float(-logp.sum() / mask.sum()), **ending}
 
+    part = rehearsal(ctx, recipe.batch)
+    learner.rehearse(part.tokens, part.attention, part.length)
     fit(
         ctx, learner, len(rows), recipe.batch, recipe.seed, collate, judge,
         lambda mask: denominators(mask.unsqueeze(1)), evaluate,

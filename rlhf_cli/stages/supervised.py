@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.core.rollout import Rollout
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.engine.forward import in_parts
+from rlhf_cli.engine.forward import Rows, in_parts, longest
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import batch_at
 from rlhf_cli.engine.rollout import Asked, Collector, Judges
 from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor
-from rlhf_cli.stages.context import Context, check_finite
+from rlhf_cli.stages.context import Context
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """tokens [N,L], attention [N,L], mask [N,L-1]."""
@@ -73,17 +73,26 @@ def fit(
         most = ctx.recipe.launch.micro_batch
         parts = list(in_parts(tokens[mine], attention[mine], mask[mine], most, group))
         metrics = learner.step(parts, partial(judge, counts=counts))
-        check_finite(metrics, step + 1)
+        ctx.guard.after(metrics, learner)
         row = {f"train/{name}": value for name, value in metrics.items()}
+        row |= ctx.guard.row(learner)
         seconds = time.perf_counter() - began
         row["episodes"] = (step + 1) * batch
         row["perf/step_seconds"] = seconds
         row["perf/tokens_per_second"] = float(attention.sum()) / seconds
         if step + 1 in due:
             row |= evaluate(step + 1 == learner.steps)
-            ctx.save(learner, {})
         ctx.report(step + 1, row, f"loss {metrics['loss']:.3f}")
+        if step + 1 in due:  # after its row, which nobody who goes on from here would write
+            ctx.save(learner, {})
         ctx.between_steps(learner, dict)
+
+
+def rehearsal(ctx: Context, rows: int) -> Rows:
+    """The largest micro-batch there may be when a batch has so many rows."""
+    data, most = ctx.recipe.data, min(ctx.recipe.launch.micro_batch, rows // ctx.world.size)
+    whole = data.max_prompt_tokens + data.max_response_tokens
+    return longest(most, 1, whole - 1, ctx.world.device)
 
 
 def responses(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,6 +92,8 @@ VOCABULARY: dict[str, Metric] = {
     "train/log_ratio": Metric("nats", "|log pi - log pi_old| of a response: how stale it is"),
     "train/grad_norm": Metric("norm", "L2 norm of the whole gradient before clipping"),
     "train/lr": Metric("rate", "learning rate of the step's last update"),
+    "guard/skipped": Metric("count", "updates left out so far, their gradient being no number"),
+    "guard/rate": Metric("share", "of the learning rates' schedule, after backing off"),
     "budget/prompts": Metric("count", "prompts asked for learning so far"),
     "budget/responses": Metric("count", "responses drawn for learning so far"),
     "budget/given": Metric("count", "responses read from the dataset so far"),
@@ -143,6 +146,8 @@ class Ledger:
         line = json.dumps({name: _number(value) for name, value in row.items()})
         with disk(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before a checkpoint, from which nobody would write it again
 
     def rewind(self, step: int) -> None:
         """Drop, all at once, the rows of later steps and a torn last line; -1 drops all rows."""
@@ -150,6 +155,16 @@ class Ledger:
             kept = (row for row in read(self.path) if row["step"] <= step)
             lines = (json.dumps({n: _number(v) for n, v in row.items()}) + "\n" for row in kept)
             atomic_write(self.path, "".join(lines))
+
+    def check_reaches(self, step: int) -> None:
+        """UserError unless the last row is that of the step from which the run goes on."""
+        rows = read(self.path)
+        last = int(rows[-1]["step"]) if rows else 0
+        if last != step:
+            raise UserError(
+                f"{self.path} ends at step {last}, but the run would go on from step {step} and leave a gap;"
+                f" copy the file back, or delete {self.path.parent} and run the same command again."
+            )
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -160,19 +175,30 @@ def read(path: Path) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
+    *lines, torn = path.read_bytes().split(b"\n")
     rows = []
-    for number, line in enumerate(lines := path.read_text(encoding="utf-8").splitlines(True), 1):
-        try:
-            row = json.loads(line)
-            rows.append({n: math.nan if value is None else value for n, value in row.items()})
-        except (ValueError, AttributeError):
-            if number == len(lines) and not line.endswith("\n"):
-                break
+    for number, line in enumerate(lines, 1):
+        if (row := _row(line)) is None:
             raise UserError(
                 f"{path}:{number} is not a row of metrics; remove the line, or delete the run's"
                 " folder and run the same command again."
-            ) from None
-    return rows
+            )
+        rows.append(row)
+    # Whole but for its end: a row that a hand has added.
+    return [*rows, row] if (row := _row(torn)) else rows
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    """The numbers of a line, None if it is no row."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or "step" not in row:
+        return None
+    if any(isinstance(value, bool | str | list | dict) for value in row.values()):
+        return None
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def _number(value: float) -> float | None:

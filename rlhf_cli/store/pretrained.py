@@ -12,6 +12,8 @@ from rlhf_cli.store.files import sha256
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+PARTS = {"config.json": ("config.json",), "weights": WEIGHTS, "tokenizer": TOKENIZERS}
+"""What a model's folder holds, and what each part may be called."""
 READ = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"})
 """Endings of files that a library reads; a model card may change without making another model."""
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -43,14 +45,20 @@ def fault(key: str, name: str, revision: str | None) -> str | None:
             f"{key}={name} is no folder that can be read; give an existing one, or a Hugging Face"
             " repository as OWNER/NAME."
         )
-    wanted = {"config.json": ("config.json",), "weights": WEIGHTS, "tokenizer": TOKENIZERS}
-    for part, patterns in wanted.items():
+    if part := missing(folder):
+        files = "" if PARTS[part] == (part,) else f" ({', '.join(PARTS[part])})"
+        return (
+            f"{key}={name} has no {part}{files}; give a folder as `save_pretrained` leaves it,"
+            " for the model and its tokenizer both."
+        )
+    return None
+
+
+def missing(folder: Path) -> str | None:
+    """The first of `PARTS` that a model's folder lacks."""
+    for part, patterns in PARTS.items():
         if not any(True for pattern in patterns for _ in folder.glob(pattern)):
-            files = "" if patterns == (part,) else f" ({', '.join(patterns)})"
-            return (
-                f"{key}={name} has no {part}{files}; give a folder as `save_pretrained` leaves it,"
-                " for the model and its tokenizer both."
-            )
+            return part
     return None
 
 

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
 from rlhf_cli.errors import UserError
+from rlhf_cli.secret import masked
 from rlhf_cli.store.files import atomic_write, disk, sha256
 
 Status = Literal["missing", "running", "interrupted", "failed", "done"]
+_BESIDE = re.compile(r"\w+/[^./\\\0][^/\\\0]*")
+"""A run directory in the folder of all runs, by stage and name."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +117,22 @@ class Run:
             ) from error
         except ValueError:
             manifest = None
-        if not isinstance(manifest, dict) or "status" not in manifest:
+        if not isinstance(manifest, dict) or manifest.get("status") not in get_args(Status):
             raise UserError(
                 f"{self.manifest_path} is damaged (not a JSON object with a status); delete"
                 f" {self.path} and run the same command again to rebuild it."
             )
+        self._check_parents(manifest.get("parent_runs", {}))
         return manifest
+
+    def _check_parents(self, runs: object) -> None:
+        """UserError unless all are run directories beside this one: what is read there is believed."""
+        for at in runs.values() if isinstance(runs, Mapping) else [runs]:
+            if not _BESIDE.fullmatch(str(at)):
+                raise UserError(
+                    f"{self.manifest_path} names {at} as a run that it started from, which must be"
+                    f" STAGE/NAME in the same folder of runs; restore the file, or delete {self.path}."
+                )
 
     def status(self) -> Status:
         """How far the run came, going by its manifest and its lock."""
@@ -132,6 +149,7 @@ class Run:
         with disk(self.path):
             for folder in (self.samples, self.checkpoints, self.log):
                 folder.mkdir(parents=True, exist_ok=True)
+        self._tidy()
         atomic_write(self.config_path, config_yaml)
         self._write(
             {
@@ -145,6 +163,14 @@ class Run:
             }
         )
         return segment
+
+    def _tidy(self) -> None:
+        """Remove what a killed segment was writing: it has no final name, so nobody reads it."""
+        for left in list(self.path.rglob(".*")):
+            if left.name.endswith(".partial") and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            elif left.name.endswith(".tmp"):
+                left.unlink(missing_ok=True)
 
     def update(self, **fields: Any) -> None:
         """Replace some fields of the manifest."""
@@ -162,7 +188,7 @@ class Run:
         try:
             # Not splitlines: a response may hold other line separators than the file's own.
             lines = path.read_text(encoding="utf-8").split("\n")
-            return [json.loads(line) for line in lines if line]
+            rows = [json.loads(line) for line in lines if line]
         except FileNotFoundError:
             raise UserError(
                 f"{path} is missing, without which nothing is known of single prompts; copy the folder"
@@ -173,20 +199,52 @@ class Run:
                 f"{path} is damaged ({error}); copy the folder samples of {self.path.name} back, or leave"
                 " the run out."
             ) from error
+        self.check(path.relative_to(self.path).as_posix())
+        return rows
+
+    def check(self, part: str) -> None:
+        """Hold what the manifest lists below `part` (a file, or a folder) against what is on disk.
+
+        About a second per GB. Raises UserError with the first file that is missing or is not as it was
+        written; a model card may have been.
+        """
+        for name, digest in self.manifest().get("outputs", {}).items():
+            path = self.path / name
+            if not f"{name}/".startswith(f"{part}/") or path.suffix == ".md":
+                continue
+            if not path.is_file() or sha256(path) != digest:
+                found = "is not as it was written" if path.is_file() else "is missing"
+                raise UserError(
+                    f"{path} {found}, by the digest in {self.manifest_path.name}; copy it back, or delete"
+                    f" {self.path} and give its command again to have it built anew."
+                )
+
+    def check_final(self) -> None:
+        """The same for the finished model, whose weights must be listed. Raises UserError."""
+        if not self.weights():
+            raise UserError(
+                f"{self.manifest_path} lists no weights; delete {self.path} and give its command again to"
+                " have it built anew."
+            )
+        self.check(self.final.relative_to(self.path).as_posix())
 
     def finish(self, **fields: Any) -> None:
-        """Say `done`, with the sha256 digests of the metrics, of the report and of the final model."""
-        produced = [self.metrics_path, self.report_path, *sorted(self.final.rglob("*"))]
+        """Say `done`, with sha256 digests of the metrics, report, samples and final model."""
+        made = [*sorted(self.samples.glob("*.jsonl")), *sorted(self.final.rglob("*"))]
+        produced = [self.metrics_path, self.report_path, *made]
         outputs = {p.relative_to(self.path).as_posix(): sha256(p) for p in produced if p.is_file()}
         self.update(**fields, outputs=outputs, finished=_now(), status="done")
 
     def fail(self, reason: str) -> None:
         """Say `failed`, and why."""
-        self.update(reason=reason, finished=_now(), status="failed")
+        self.update(reason=masked(reason), finished=_now(), status="failed")
 
     @contextmanager
-    def lock(self, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-        """Be the only one who builds this run; waits for another, after calling `on_wait` once."""
+    def lock(self, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Be the only one who builds this run; waits for another, of whom `on_wait` is told once.
+
+        Who holds it stands beside the lock, for those who wait; the lock itself goes with its holder.
+        """
         with disk(self._lock_path):
             self._lock_path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self._lock_path)
@@ -194,12 +252,25 @@ class Run:
                 lock.acquire(timeout=0)
             except Timeout:
                 if on_wait is not None:
-                    on_wait()
+                    on_wait(self._holder())
                 lock.acquire()
         try:
+            with suppress(UserError):  # a courtesy
+                atomic_write(self._holder_path, _myself())
             yield
         finally:
+            self._holder_path.unlink(missing_ok=True)
             lock.release()
+
+    def _holder(self) -> str:
+        try:
+            return self._holder_path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return "another process"
+
+    @property
+    def _holder_path(self) -> Path:
+        return self._lock_path.with_suffix(".holder")
 
     @property
     def _lock_path(self) -> Path:
@@ -244,6 +315,11 @@ def find(root: Path, reference: str) -> Run:
         names = ", ".join(run.path.name for run in meant)
         raise UserError(f"{reference!r} may mean {names}; give the key of one of them.")
     return meant[0]
+
+
+def _myself() -> str:
+    since = datetime.now().astimezone().isoformat(" ", "minutes")
+    return f"process {os.getpid()} on {socket.gethostname()}, since {since},"
 
 
 def _now() -> str:

@@ -145,6 +145,7 @@ def _finished(run: Run) -> Run:
         raise UserError(
             f"{run.path} is {status}, not done; give the command that makes it again to go on with it."
         )
+    run.check_final()
     return run
 
 

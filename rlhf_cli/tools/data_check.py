@@ -13,6 +13,7 @@ from rich.text import Text
 from rlhf_cli.data.corpus import Corpus, Dataset, Demo, Pair
 from rlhf_cli.data.custom import Custom, Survey
 from rlhf_cli.errors import UserError
+from rlhf_cli.printable import on_one_line
 
 T = TypeVar("T")
 
@@ -71,7 +72,7 @@ def named(what: str, rows: Mapping[str, Sequence[str]], every: bool = False) -> 
     for kind, where in rows.items():
         most = len(where) if every else NAMED
         said = ", ".join([*where[:most], *(["..."] if len(where) > most else [])])
-        drawn.add_row(kind, str(len(where)), Text(said))
+        drawn.add_row(kind, str(len(where)), Text(on_one_line(said)))
     return drawn
 
 

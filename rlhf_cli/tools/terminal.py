@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_cli.figures.credit import Answer, Heatmap, lines, shown, tint, visible, width
+from rlhf_cli.figures.credit import Answer, Heatmap, lines, tint, width
+from rlhf_cli.printable import on_one_line, visible
 from rlhf_cli.tools.decode import Response
 
 BESIDE = 80
@@ -22,7 +23,7 @@ def heatmap(drawn: Heatmap, columns: int, colour: bool) -> RenderableType:
     """Each token on its colour or, without colours, over its number."""
     head = Table.grid(padding=(0, 2))
     for name, value in drawn.facts.items():
-        head.add_row(Text(name, style="dim"), Text(value))
+        head.add_row(Text(name, style="dim"), Text(visible(value)))
     beside = len(drawn.answers) if columns >= BESIDE else 1
     room = (columns - GAP * (beside - 1)) // beside
     grid = Table.grid(padding=(0, GAP, 0, 0))
@@ -75,7 +76,7 @@ def _numbers(rows: Sequence[Response]) -> str:
 
 
 def _coloured(drawn: Heatmap, answer: Answer, room: int) -> Text:
-    texts = [shown(token) for token in answer.tokens]
+    texts = [on_one_line(token) for token in answer.tokens]
     text = Text()
     for row in lines([width(each) for each in texts], room):
         for index in row:
@@ -86,7 +87,7 @@ def _coloured(drawn: Heatmap, answer: Answer, room: int) -> Text:
 
 
 def _numbered(drawn: Heatmap, answer: Answer, room: int) -> Text:
-    texts = [shown(token) for token in answer.tokens]
+    texts = [on_one_line(token) for token in answer.tokens]
     numbers = [drawn.number(value) for value in answer.credit]
     broad = [max(width(t), len(n)) + 1 for t, n in zip(texts, numbers, strict=True)]
     text = Text()
