@@ -73,8 +73,9 @@ class Guard:
 
     def restore(self, place: Mapping[str, float], learner: Learner) -> None:
         """Takes up what a checkpoint held."""
-        self.skipped, self.said = int(place["skipped"]), place["kl_said"]
-        learner.ease = place["ease"]
+        # Checkpoints from before there was a guard hold nothing of it, for it had done nothing.
+        self.skipped, self.said = int(place.get("skipped", 0)), place.get("kl_said", 0.0)
+        learner.ease = place.get("ease", 1.0)
 
     def row(self, learner: Learner) -> dict[str, float]:
         """For the metrics; nothing while all is well."""

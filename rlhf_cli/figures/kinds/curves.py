@@ -57,7 +57,7 @@ NAMES = {
     "eval/distinct_2": "distinct pairs of words (share)",
     "eval/rouge_l": "ROUGE-L with the reference",
     "win_rate": "win rate over the start, by gold",
-    "spread": "reward: median, 10 to 90% (shade)",
+    "spread": "reward: median, 10-90%",
 }
 """What a metric is called on an axis."""
 
