@@ -61,7 +61,7 @@ SMALL = (
     "model.scratch.vocab=400", "data.embedded.prompts=600", "data.embedded.demos=512",
     "data.embedded.pairs=256", "data.embedded.heldout=24", "data.max_prompt_tokens=160",
     "data.max_response_tokens=24", "eval.prompts=12", "eval.points=3", "reward.calibration=16",
-    "reward.unended=null", "algo.update.episodes=1440", "algo.update.batch=24",
+    "reward.unended=null", "algo.update.episodes=1920", "algo.update.batch=32",
     "algo.update.minibatches=2", "algo.update.epochs=1", "checkpoint.every=4", "track=off",
 )  # fmt: skip
 """120 optimiser steps of each algorithm, two to a rollout."""

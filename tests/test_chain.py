@@ -128,51 +128,6 @@ def exit_code(*words: str) -> int:
     return int(left.value.code or 0)
 
 
-@pytest.mark.parametrize(
-    "algo",
-    [
-        ["algo=ppo"],  # a critic
-        ["algo=reinforce"],  # remembers numbers
-        ["algo=copg", "algo.replay=3"],  # remembers rollouts
-        ["algo=aihf"],  # a reward model that learns, a second stream
-        ["algo=etpo", "algo.update.epochs=1"],  # a network and its slow copy
-    ],
-    ids=lambda words: words[0],
-)
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(algo, tmp_path, monkeypatch):
-    """Weights and metrics after a stop at step 5 of 8 equal those of a run without a stop."""
-    from rlhf_cli.stages.context import Context
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = ["train", *algo, *TINY, "track=off"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert exit_code(*words, f"paths.runs={whole}") == 0
-    report = Context.report
-
-    def fails_once(self, step, row, note=""):
-        if self.recipe.stage == "rl" and step >= 6 and self.segment == 1:
-            raise UserError("stopped on purpose")
-        report(self, step, row, note)
-
-    monkeypatch.setattr(Context, "report", fails_once)
-    assert exit_code(*words, f"paths.runs={stopped}") == 2
-    (run,) = (Run(path) for path in (stopped / "rl").iterdir())
-    assert run.status() == "failed"
-    assert exit_code(*words, f"paths.runs={stopped}") == 0
-    (twin,) = (Run(path) for path in (whole / "rl").iterdir())
-    assert run.key == twin.key
-    assert run.manifest()["segment"] == 2
-    weights = "checkpoints/final/model.safetensors"
-    assert run.manifest()["outputs"][weights] == twin.manifest()["outputs"][weights]
-    ours, theirs = read(run.metrics_path), read(twin.metrics_path)
-    assert [row["step"] for row in ours] == [0, 2, 4, 6, 8]
-    timed = ("perf/", "wall", "segment", "budget/seconds")
-    for one, other in zip(ours, theirs, strict=True):
-        assert {k: v for k, v in one.items() if not k.startswith(timed)} == {
-            k: v for k, v in other.items() if not k.startswith(timed)
-        }
-
-
 def test_rl_refuses_to_start_at_a_distance_from_its_reference():
     check_start({"eval/kl": 5e-5, "eval/kl_k3": 0.0})
     with pytest.raises(UserError, match=r"2\.00e-04 nats.*dropout"):
