@@ -782,15 +782,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
     class Table(list[dict[str, Any]]):  # what the library hands back, as far as it is used
         column_names = ("prompt", "chosen", "rejected")
 
-    def load_dataset(repository: str, data_dir: None, revision: str, split: str) -> Table:
-        calls.append((repository, revision, split))
+    def load_dataset(path: str, data_dir: None, revision: str, split: str) -> Table:
+        calls.append((path, revision, split))
         return Table([PAIR | {"prompt": split}])
 
     hub = SimpleNamespace(
         load_dataset=load_dataset,
-        get_dataset_split_names=lambda repository, revision: ["train_prefs", "train_sft", "test"],
+        get_dataset_split_names=lambda path, revision: ["train_prefs", "train_sft", "test"],
     )
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("rlhf_cli.hub.out_of_reach", lambda: False)
     monkeypatch.setitem(sys.modules, "datasets", hub)
     return calls
 

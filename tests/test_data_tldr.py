@@ -237,11 +237,12 @@ def test_the_hub_gives_the_rows_of_files(posts, monkeypatch):
     class Table(list):  # what the library hands back, as far as it is used
         column_names = ()
 
-    def load_dataset(repository, data_dir, revision, split):
+    def load_dataset(path, data_dir, revision, split):
         assert data_dir is None
-        return Table(files[repository, revision, split])
+        return Table(files[path, revision, split])
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("rlhf_cli.hub.out_of_reach", lambda: False)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert replace(TLDR_ROWS, source="hub").load().digest == load(posts).digest
 

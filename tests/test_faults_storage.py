@@ -617,8 +617,13 @@ def test_a_clock_that_is_set_moves_no_limit_and_no_duration(
 
 
 def test_a_run_of_the_future_is_listed_with_age_0(
-    tmp_path: Path, store: Path, given: Callable[..., Said], fault: Fault
+    tmp_path: Path,
+    store: Path,
+    given: Callable[..., Said],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "140")  # ages are left out of a narrow table
     run = of(copied(store, tmp_path / "runs", "rl", "sft"), "rl")
     run.update(started="2999-01-01T00:00:00+00:00", finished="2999-01-01T00:00:01+00:00")
     ahead = time.time() + 1e6

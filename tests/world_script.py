@@ -24,7 +24,9 @@ from rlhf_cli.engine.world import start
 from rlhf_cli.models.heads import Actor, Scorer
 from rlhf_cli.models.load import new_policy, new_reward_model, zero_head
 from rlhf_cli.models.tokenizer import train_tokenizer
+from rlhf_cli.recipes import Guard as GuardRule
 from rlhf_cli.recipes import Launch, Model, Optim, Scratch, Tuning, Update
+from rlhf_cli.stages.guard import Guard
 from rlhf_cli.stages.rl import Stream, _step
 
 ALGORITHMS = ("p3o_v2", "ppo", "aihf")
@@ -61,7 +63,9 @@ def run(world, algo, zero: int, micro_batch: int) -> list[dict[str, float]]:
         world, tokenizer, judges, micro_batch, 12, 1, soft_beta=0.1 if has_q else None
     )
     ctx = SimpleNamespace(
-        recipe=SimpleNamespace(algo=algo, launch=launch, rollout=PLAIN), world=world
+        recipe=SimpleNamespace(algo=algo, launch=launch, rollout=PLAIN),
+        world=world,
+        guard=Guard(GuardRule(skips=0, kl=None, action="warn"), print),
     )
     seen, state = [], {}
     for index in range(3):
