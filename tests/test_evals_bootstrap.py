@@ -67,6 +67,22 @@ def test_the_seeds_of_two_curves_add_up_as_in_welchs_test() -> None:
     assert found.seeds == 2
 
 
+def test_paired_by_seed_it_is_students_test_of_the_differences() -> None:
+    one, other = [1.0, 2.0, 4.0, 5.0], [0.5, 1.7, 3.2, 4.9]
+    pair = [of_rewards(np.repeat([[m] for m in means], 50, axis=1)) for means in (one, other)]
+    (found,) = intervals(lambda m: gap(m)[..., None], pair, by_seed=True)
+    student = stats.ttest_rel(one, other)
+    expected = student.confidence_interval(0.95)
+    assert (found.seeds, found.df) == (4, pytest.approx(3))
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_curves_of_other_seeds_cannot_be_paired() -> None:
+    pair = [of_rewards(np.zeros((2, 5))), of_rewards(np.zeros((3, 5)))]
+    with pytest.raises(ValueError, match="the same seeds"):
+        intervals(lambda m: gap(m)[..., None], pair, by_seed=True)
+
+
 def test_settings_of_a_sweep_are_no_seeds_of_each_other() -> None:
     rewards = np.repeat([[1.0], [2.0], [10.0]], 50, axis=1)
     paths = [*of_rewards(rewards[:2], "ppo beta=0.1").paths, *of_rewards(rewards[2:], "ppo").paths]

@@ -83,14 +83,20 @@ def intervals(
     rounds: int = ROUNDS,
     level: float = LEVEL,
     seed: int = 0,
+    by_seed: bool = False,
 ) -> list[Interval]:
-    """The same for a statistic of several numbers, [...,V]: V intervals from one set of rounds."""
+    """The same for a statistic of several numbers, [...,V]: V intervals from one set of rounds.
+
+    by_seed: the curves' runs of one seed belong together, as the same prompts and random numbers made them,
+    and are left out together: what a seed has in common cancels, and S seeds leave S - 1 degrees of freedom
+    however many curves there are. Raises ValueError unless all curves have one setting and the same seeds.
+    """
     whole = [means(curve) for curve in curves]
     value = statistic(whole)
     draws = _draws(curves[0].paths[0].prompts, rounds, seed)
     resampled = statistic([means(curve, draws) for curve in curves])
     errors = [_Error(_variance(resampled), max(draws.shape[1] - 1, 1))]
-    errors += _seed_errors(statistic, curves, whole)
+    errors += (_paired_errors if by_seed else _seed_errors)(statistic, curves, whole)
     seeds = min(len(paths) for curve in curves for paths in _settings(curve))
     variances, dfs = np.stack([error.variance for error in errors], -1), [e.df for e in errors]
     return [
@@ -141,6 +147,23 @@ def _seed_errors(
             if (s := len(paths)) > 1:
                 less = [statistic([*before, whole[place].without(i), *after]) for i in paths]
                 yield _Error((s - 1) ** 2 / s * _variance(np.stack(less)), s - 1)
+
+
+def _paired_errors(
+    statistic: Statistic, curves: Sequence[Curve], whole: Sequence[Means]
+) -> Iterator[_Error]:
+    """Jackknife over seeds, each left out of all curves at once."""
+    places = [{path.seed: at for at, path in enumerate(curve.paths)} for curve in curves]
+    seeds = sorted(places[0])
+    same = all(sorted(each) == seeds for each in places)
+    if not same or any(len(each) < len(c.paths) for each, c in zip(places, curves, strict=True)):
+        raise ValueError("only curves of one setting and of the same seeds can be paired by seed")
+    if (s := len(seeds)) > 1:
+        less = [
+            statistic([m.without(at[i]) for m, at in zip(whole, places, strict=True)])
+            for i in seeds
+        ]
+        yield _Error((s - 1) ** 2 / s * _variance(np.stack(less)), s - 1)
 
 
 def _settings(curve: Curve) -> list[list[int]]:

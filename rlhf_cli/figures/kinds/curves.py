@@ -90,6 +90,8 @@ class Claim:
     at: At = "end"
     within: float | None = None
     """The claim is that the two differ by less; None claims the order."""
+    by_seed: bool = False
+    """Whether runs of one seed are compared with each other, as where all else about them is the same too."""
 
 
 @typed(frozen=True, config=STRICT)
@@ -246,7 +248,7 @@ def _difference(claim: Claim, groups: Sequence[Sequence[Curve]], where: str) -> 
             total = total + (1 if place < ups else -1) * np.max(levels, axis=0)
         return total[..., None]
 
-    (found,) = intervals(difference, flat)
+    (found,) = intervals(difference, flat, by_seed=claim.by_seed)
     names = [_called(term, group, claim) for term, group in zip(terms, groups, strict=True)]
     said = f"{where}{claim.metric}, {' + '.join(names[:ups])} - {' - '.join(names[ups:])}"
     if claim.within is None:
