@@ -100,7 +100,7 @@ def test_skipped_steps_are_counted_and_one_too_many_ends_the_run(
     fault(
         "more such steps than guard.skips",
         "the run ends with the count, exit 2",
-        "to the last checkpoint",
+        "the steps since the last checkpoint",
     )
 
 
@@ -196,7 +196,7 @@ def test_a_run_that_is_to_stop_at_a_runaway_says_what_to_do(
     fault(
         "the KL runs away, guard.action=stop",
         "the run ends with one sentence, exit 2",
-        "to the last checkpoint",
+        "the steps since the last checkpoint",
     )
 
 

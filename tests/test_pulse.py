@@ -161,7 +161,7 @@ def test_a_rank_that_is_stopped_ends_the_job_within_the_time_allowed(
     fault(
         "one of two ranks is stopped (SIGSTOP)",
         "the job ends after launch.timeout, the rank named, exit 1",
-        "to the last checkpoint",
+        "the steps since the last checkpoint",
     )
 
 
@@ -184,5 +184,5 @@ def test_a_rank_that_hangs_is_named_with_its_last_step_and_its_stack(
     fault(
         "a rank hangs in a reward function",
         "the job ends after launch.timeout with rank, step and stack, exit 1",
-        "to the last checkpoint",
+        "the steps since the last checkpoint",
     )
