@@ -225,8 +225,10 @@ def _launch(run: Run, launch: Launch) -> None:
         _end(child)
     if said := heard(run.log):
         raise said
-    if code != 0:
-        how = pulse.verdict(pulse.lives(run.log), launch.timeout)
+    lives = pulse.lives(run.log)
+    # The launcher says 0 as well when a part of it was killed: the workers' own word counts.
+    if code != 0 or sum(life.finished for life in lives.values()) < processes:
+        how = pulse.verdict(lives, launch.timeout)
         raise StageFailed(
             f"{run.path}: {how}; see {run.log}/rank_*, and give the same command again to go on from the last"
             " checkpoint"

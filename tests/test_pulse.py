@@ -58,7 +58,13 @@ def score(prompts, responses):
             },
             "rank 0 ended after step 3 with ValueError: 7",
         ),
-        ({}, "no process came to its work"),
+        ({0: Life(9, finished=True)}, "not all processes came to their work"),
+        (
+            {0: Life(9, finished=True), 1: Life(8)},
+            "rank 1 was killed after step 8, from outside or by the system for want of memory (then"
+            " launch.micro_batch must be lower)",
+        ),
+        ({}, "not all processes came to their work"),
     ],
 )
 def test_a_verdict_names_the_rank_its_last_step_and_where_it_was(
@@ -72,6 +78,9 @@ def test_what_processes_leave_is_read_back_and_forgotten(tmp_path: Path) -> None
         pulse.beat(12)
         raise ValueError("seven\nand more")
     assert pulse.lives(tmp_path) == {1: Life(12, ended="ValueError: seven")}
+    with pulse.watched(tmp_path, 0, 60, alone=False):
+        pulse.beat(3)
+    assert pulse.lives(tmp_path)[0] == Life(3, finished=True)
     pulse.forget(tmp_path)
     assert pulse.lives(tmp_path) == {}
 

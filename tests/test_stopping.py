@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,34 @@ def test_a_driver_that_is_killed_leaves_no_worker_no_lock_and_no_finished_run(
         f"SIGKILL to the command, {'two launched processes' if words else 'one process'}",
         "no process and no lock is left, and no finished run; the same command ends it",
         lost="at most 4 steps, with checkpoint.every=4",
+    )
+
+
+@pytest.mark.faults
+def test_a_launcher_that_is_killed_at_its_start_is_no_finished_run(
+    parents: Path, tmp_path: Path, fault: Callable[..., None]
+) -> None:
+    """DeepSpeed's runner ends with 0 when the launcher that it started is killed."""
+    folder = copied(parents, tmp_path)
+    child = begun(folder, *TWO)
+
+    def launchers() -> list[psutil.Process]:
+        found = []
+        for each in psutil.Process(child.pid).children(recursive=True):
+            with suppress(psutil.Error):  # it has ended meanwhile
+                found += [each] if "deepspeed.launcher.launch" in each.cmdline() else []
+        return found
+
+    wait_for(launchers)
+    launchers()[0].kill()
+    _, said = child.communicate(timeout=90)
+    assert child.returncode == 1 and "give the same command again" in said
+    assert the_run(folder).status() == "failed"
+    goes_on_like_its_twin(folder, parents, *TWO, exact=False)
+    fault(
+        "SIGKILL to DeepSpeed's launcher, which then ends with code 0",
+        "exit code 1; the run is not taken for finished, the same command ends it",
+        "the steps since the last checkpoint",
     )
 
 

@@ -43,6 +43,8 @@ class Life:
     """Whether it then waited for the other processes."""
     ended: str = ""
     """The exception that it ended with."""
+    finished: bool = False
+    """Whether it came to the end of its stage."""
 
 
 class _Watch:
@@ -95,6 +97,8 @@ def watched(log: Path, rank: int, patience: float, alone: bool) -> Iterator[None
     thread.start()
     try:
         yield
+        _watch.life.finished = True
+        _watch.write()
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         _watch.life.ended = f"{type(error).__name__}: {first}"
@@ -170,11 +174,12 @@ def verdict(found: dict[int, Life], patience: float) -> str:
             )
         return stuck(life, rank, patience)
     for rank, life in found.items():
-        if not life.ended:
+        if not life.ended and not life.finished:
             return (
                 f"rank {rank} was killed after step {life.step}, from outside or by the system for want of"
                 " memory (then launch.micro_batch must be lower)"
             )
     for rank, life in found.items():
-        return f"rank {rank} ended after step {life.step} with {life.ended}"
-    return "no process came to its work"
+        if life.ended:
+            return f"rank {rank} ended after step {life.step} with {life.ended}"
+    return "not all processes came to their work"
