@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast, get_args
 
@@ -148,6 +148,12 @@ def _say(line: str) -> None:
     print(visible(line))
 
 
+def _say_files(files: Mapping[str, Path]) -> None:
+    """What was written, by kind; a picture is called a figure."""
+    for kind, path in files.items():
+        _say(f"{'figure' if kind == 'png' else kind}: {path}")
+
+
 def _told(sentence: str) -> str:
     """A sentence for the terminal: what servers, files and models had to say in it only shown, no secret."""
     return masked(visible(sentence))
@@ -265,8 +271,7 @@ def frontier(
     files = figure.frontier(chosen, base, _command(), cast(figure.Fit, fit))
     for each in chosen:
         _say(f"run: {each.path}")
-    for kind, path in files.items():
-        _say(f"{'figure' if kind == 'png' else kind}: {path}")
+    _say_files(files)
     print("next: rlhf train -m algo=p3o_v2,p3o_v1,ppo,dpo_online seed=1,2, then rlhf frontier")
 
 
@@ -307,8 +312,7 @@ def figure(
             gallery.prepare(each)
         files, verdict = gallery.draw(each, out)
         _say(f"{each.spec.name}: {verdict}")
-        for kind, path in files.items():
-            _say(f"{'figure' if kind == 'png' else kind}: {path}")
+        _say_files(files)
     if failures:
         print(f"error: {len(failures)} runs failed:", file=sys.stderr)
         print("\n".join(f"  {one.path}: {_told(one.reason)}" for one in failures), file=sys.stderr)
@@ -376,8 +380,7 @@ def compare(
     for found in compared.grids.values():
         console.print(grid_table(found))
         console.print()
-    for kind, path in files.items():
-        _say(f"{kind}: {path}")
+    _say_files(files)
     print("next: rlhf frontier, rlhf compare --out tables/NAME")
 
 
@@ -444,8 +447,8 @@ def winrate(
         return
     for table in tables:
         _console().print(grid_table(table))
-    for kind, path in (file for files in written for file in files.items()):
-        _say(f"{kind}: {path}")
+    for files in written:
+        _say_files(files)
     print("next: rlhf winrate RUN... judge=gold, rlhf compare")
 
 
@@ -536,8 +539,7 @@ def credit(
     console = _console()
     colour = console.color_system is not None and not console.no_color
     console.print(terminal.heatmap(drawn, console.width, colour))
-    for kind, path in files.items():
-        _say(f"{'figure' if kind == 'png' else kind}: {path}")
+    _say_files(files)
     _say(f"next: rlhf sample {policy.run.key}, rlhf credit {policy.run.key} --text - --other ...")
 
 

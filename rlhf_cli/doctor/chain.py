@@ -13,6 +13,7 @@ from rlhf_cli.errors import UserError
 from rlhf_cli.plan import DOING, Plan, Step, check_downloads
 from rlhf_cli.recipes import Model
 from rlhf_cli.store import pretrained
+from rlhf_cli.store.files import nearest
 from rlhf_cli.store.run import Run
 
 SAVED, MOMENTS = 4, 8
@@ -72,10 +73,7 @@ def room(steps: list[Step]) -> Finding:
 def space(steps: list[Step]) -> Finding:
     """What the checkpoints of the largest stage take, beside what the disk has."""
     recipe = steps[-1].recipe
-    folder = Path(recipe.paths.runs).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest(Path(recipe.paths.runs))).free
     try:
         one = max(_checkpoint(step) for step in steps)
     except shapes.Unknown as reason:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from rlhf_cli.doctor.finding import Finding, sized
 from rlhf_cli.errors import UserError
-from rlhf_cli.store.files import LEAST_FREE, atomic_write, to_disk
+from rlhf_cli.store.files import LEAST_FREE, atomic_write, nearest, to_disk
 from rlhf_cli.store.provenance import provenance
 
 NAMED = ("torch", "transformers", "deepspeed", "hydra-core", "wandb")
@@ -153,9 +153,7 @@ def storage(what: str, key: str, folder: Path) -> Iterator[Finding]:
 
     key: what chooses it.
     """
-    at = folder.expanduser().absolute()
-    while not at.exists():
-        at = at.parent
+    at = nearest(folder.expanduser())
     choose = f"mend that, or choose another folder with {key}=DIR"
     try:
         with TemporaryDirectory(prefix=".rlhf-doctor-", dir=at) as scratch:

@@ -60,6 +60,12 @@ def disk(path: Path, key: str = "paths.runs", needed: int = 0) -> Iterator[None]
         ) from error
 
 
+def nearest(path: Path) -> Path:
+    """The path itself if it is there, else the folder above it that is."""
+    whole = path.absolute()
+    return next(each for each in (whole, *whole.parents) if each.exists())
+
+
 def _number(error: Exception) -> int | None:
     """The system's number of what went wrong, whichever library says it."""
     if isinstance(error, OSError) and error.errno is not None:
@@ -71,8 +77,7 @@ def _number(error: Exception) -> int | None:
 
 def _room(path: Path, needed: int) -> str:
     """What is left of a full disk, in brackets, where that explains why it is."""
-    folder = next(each for each in (path, *path.absolute().parents) if each.is_dir())
-    left = os.statvfs(folder)
+    left = os.statvfs(nearest(path))
     if left.f_files and not left.f_favail:
         return " (no room for another file)"
     free = left.f_bavail * left.f_frsize
