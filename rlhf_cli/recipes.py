@@ -139,8 +139,8 @@ class SFT:
     """Supervised fine-tuning on demonstrations: the policy every later stage starts from."""
 
     seed: int
-    epochs: Positive
-    """Passes over the demonstrations; a fraction stops early."""
+    epochs: NonNegative
+    """Passes over the demonstrations; a fraction stops early, 0 leaves the model's own weights."""
     batch: Count
     """Demonstrations per optimiser step, over all processes."""
     loss_on_prompt: bool

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_cli import config
 from rlhf_cli.cli import main
 from rlhf_cli.errors import UserError
+from rlhf_cli.models.load import new_policy
 from rlhf_cli.stages.evaluate import check_start
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
@@ -132,6 +137,21 @@ def test_rl_refuses_to_start_at_a_distance_from_its_reference():
     check_start({"eval/kl": 5e-5, "eval/kl_k3": 0.0})
     with pytest.raises(UserError, match=r"2\.00e-04 nats.*dropout"):
         check_start({"eval/kl": 2e-4, "eval/kl_k3": 0.0})
+
+
+def test_no_epoch_of_sft_leaves_the_weights_that_the_model_came_with(tmp_path):
+    """So that a policy which is fine-tuned already can be started from."""
+    done = rlhf(
+        tmp_path, "train", "algo=dpo", *TINY, "track=off", "sft.epochs=0", "eval.proxy=false"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = map(Run, (tmp_path / "runs" / "sft").iterdir())
+    tokenizer = AutoTokenizer.from_pretrained(run.final)
+    given = new_policy(config.recipe(config.compose(TINY)).model, tokenizer).state_dict()
+    left = AutoModelForCausalLM.from_pretrained(run.final).state_dict()
+    assert given.keys() == left.keys() and all(torch.equal(given[k], left[k]) for k in given)
+    (row,) = read(run.metrics_path)
+    assert row["step"] == 0 and row["eval/loss"] == pytest.approx(math.log(400), rel=0.02)
 
 
 def test_two_launched_processes_learn_what_one_learns(tmp_path):

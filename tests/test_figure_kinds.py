@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.optimize import approx_fprime, root
+from scipy.optimize import approx_fprime, minimize_scalar, root
 from scipy.special import expit, softmax
 
 from rlhf_cli import gallery
@@ -24,8 +24,18 @@ from rlhf_cli.evals.curves import curves
 from rlhf_cli.evals.grid import text
 from rlhf_cli.evals.reward_report import Accuracy, Scored, report
 from rlhf_cli.figures.claims import Part, judge
-from rlhf_cli.figures.kinds import bandit, beam, credit, reward_model, table, winrate
+from rlhf_cli.figures.kinds import (
+    bandit,
+    beam,
+    credit,
+    exploration,
+    reward_model,
+    table,
+    traces,
+    winrate,
+)
 from rlhf_cli.figures.kinds.bandit import Bandit
+from rlhf_cli.figures.kinds.exploration import Exploration
 from rlhf_cli.figures.spec import Spec
 from rlhf_cli.figures.style import pictures
 from rlhf_cli.judges.cache import Answers, Question
@@ -197,6 +207,130 @@ def test_at_the_papers_own_learning_rate_copg_has_not_arrived() -> None:
     assert ends == pytest.approx(
         [0.0129, 0.152, 0.635, 0.0275], abs=3e-3
     )  # of five runs on drawn pairs
+
+
+# --- the example of XPO
+
+RARE = math.exp(-5)  # exp(-(1/8) / 0.025)
+
+
+def example(**changes: Any) -> Exploration:
+    return spec_of("xpo_stuck", **changes).typed(Exploration)
+
+
+def test_regret_is_beta_kl_to_the_best_policy_where_the_better_arm_is_rare_too() -> None:
+    ref = np.array([RARE, 1 - RARE])
+    best = ref * np.exp(np.array([1.0, 0.5]) / 0.025)
+    best /= best.sum()
+    for margin in (-3.0, 0.0, 2.0, 11.0):
+        pi = softmax(np.log(ref) + np.array([margin, 0.0]))
+        kl = float(pi @ np.log(pi / best))
+        assert example().regret(np.array(margin)) == pytest.approx(0.025 * kl, abs=1e-9)
+
+
+def test_the_next_policy_has_the_least_loss_on_all_rounds() -> None:
+    """Against a search over the margin by scipy, after 3 wins of a, 2 of b, and 40 draws of the reference."""
+    ours = example(beta=0.25)  # so that the least loss is inside of what is allowed
+    counts, rare = np.array([3.0, 2.0, 1.0, 39.0]), math.exp(-0.5)
+
+    def loss(m: float) -> float:
+        a = expit(math.log(rare / (1 - rare)) + m)
+        terms = (-np.log(expit(0.25 * m)), -np.log(expit(-0.25 * m)), np.log(a), np.log(1 - a))
+        return float(counts * [1, 1, 0.002, 0.002] @ terms)
+
+    found = minimize_scalar(loss, bounds=(-4, 4), method="bounded").x
+    tried = ours.margins[(counts @ ours.losses(0.002)).argmin()]
+    assert 0 < abs(found) < 3.9 and tried == pytest.approx(found, abs=0.02)
+
+
+def test_without_pairs_of_unlike_arms_online_dpo_stays_and_xpo_leaves() -> None:
+    alike = np.array([0.0, 0.0, 0.0, 7.0])
+    assert example().margins[(alike @ example().losses(0.0)).argmin()] == 0
+    assert example().margins[(alike @ example().losses(0.001)).argmin()] == pytest.approx(40)
+
+
+def test_online_dpo_is_stuck_as_often_at_least_as_the_better_arm_is_never_drawn() -> None:
+    stuck = (example(rounds=74).simulated(0.0) >= 0.125).mean(axis=0)
+    se = math.sqrt(0.37 * 0.63 / 400)
+    assert stuck[0] == 1 and stuck[74] > (1 - RARE) ** 148 - 3 * se
+
+
+def test_where_nothing_is_hidden_neither_is_stuck_for_long() -> None:
+    """At beta = 1 the reference draws the better arm in 88% of cases."""
+    result = exploration.draw({}, spec_of("xpo_stuck", beta=1.0))
+    assert result.verdict == "open"
+
+
+@pytest.mark.parametrize(
+    ("alpha", "verdict"), [((0.0, 0.001), "holds"), ((0.001, 0.0), "does not hold")]
+)
+def test_the_example_is_judged_where_the_proposition_ends(
+    alpha: tuple[float, float], verdict: str
+) -> None:
+    result = exploration.draw({}, spec_of("xpo_stuck", alpha=alpha))
+    assert result.verdict == verdict and "after 74 rounds" in result.reason
+    assert len(result.rows) == 2 * 301
+
+
+# --- traces of training
+
+
+def a_trace(root: Path, seed: int, chosen: Sequence[float], **more: Any) -> Run:
+    run = a_run(root, "dpo", seed, **more)
+    ledger = Ledger(run.metrics_path)
+    for place, value in enumerate(chosen):
+        row = {"train/implicit_chosen": value, "train/implicit_rejected": value - 1}
+        ledger.write({"step": 12 + place, "episodes": 1408 + place, **row})
+    return run
+
+
+def claims(*made: tuple[str, str, str]) -> list[dict[str, str]]:
+    return [dict(zip(("panel", "metric", "lies"), one, strict=True)) for one in made]
+
+
+def test_a_trace_is_averaged_over_stretches_and_judged_at_its_end_over_seeds(
+    tmp_path: Path,
+) -> None:
+    """Stretches of two: 1 and 2 on average in the first, -1.5 and -2.5 in the last, so -2 -+ t / 2."""
+    runs = [a_trace(tmp_path, 1, [0, 2, -1, -2]), a_trace(tmp_path, 2, [1, 3, -2, -3])]
+    judged = claims(("all", "train/implicit_chosen", "below"))
+    result = traces.draw({"all": runs}, spec_of("implicit", stretches=2, claims=judged))
+    first, last = (row for row in result.rows if row["metric"] == "train/implicit_chosen")
+    assert (first["step"], first["value"], last["step"], last["value"]) == (13, 1.5, 15, -2.0)
+    assert last["high"] - last["value"] == pytest.approx(12.7062 * 0.5, rel=1e-5)
+    assert result.verdict == "open"
+    assert result.reason == (
+        "all, preferred responses, how far below 0 at the end: +2.000 [-4.353, +8.353] (intervals of 95%)."
+    )
+
+
+@pytest.mark.parametrize(("lies", "verdict"), [("below", "holds"), ("above", "does not hold")])
+def test_a_trace_lies_on_one_side(tmp_path: Path, lies: str, verdict: str) -> None:
+    runs = [a_trace(tmp_path, seed, [0, -2 - seed / 10]) for seed in (1, 2, 3)]
+    judged = claims(("all", "train/implicit_chosen", lies))
+    result = traces.draw({"all": runs}, spec_of("implicit", stretches=2, claims=judged))
+    assert result.verdict == verdict
+
+
+def test_traces_refuse_two_settings_in_a_panel_short_runs_and_unknown_claims(
+    tmp_path: Path,
+) -> None:
+    one = a_trace(tmp_path, 1, [0, 1])
+    spec = spec_of("implicit", stretches=2, claims=claims(("all", "train/loss", "below")))
+    with refused(
+        "options.claims names train/loss in 'all', which is not drawn; choose among train/implicit_chosen in"
+        " 'all'; train/implicit_rejected in 'all'."
+    ):
+        traces.draw({"all": [one]}, spec)
+    with refused(
+        f"{one.path.name} has 2 values of train/implicit_chosen, and options.stretches=3 are asked for; ask"
+        " for fewer, or for another metric."
+    ):
+        traces.draw({"all": [one]}, spec_of("implicit", stretches=3))
+    with refused(
+        "the panel 'all' has two runs of one seed; give every setting a panel of its own."
+    ):
+        traces.draw({"all": [one, one]}, spec)
 
 
 # --- reward models

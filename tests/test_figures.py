@@ -300,6 +300,22 @@ def test_a_claim_may_compare_panels(store: Path) -> None:
     assert drawn(exhibit).reason.startswith("gold, ppo (more) - ppo (less): +0.500 [")
 
 
+def test_a_claim_may_be_about_how_unevenly_curves_change(store: Path) -> None:
+    """KL by a zigzag of 0.4 on a line: changes of 0.9, 0.1, 0.9, 0.1, whose deviation is sqrt(0.64 / 3)."""
+
+    def course(job: Job, share: float) -> dict[str, float]:
+        apart = job.plan.recipe.name == "ppo" and round(4 * share) % 2
+        kl = 2 * share + (0.4 if apart else 0.0)
+        return {"kl": kl, "reward": kl, "gold": kl, "length": 20}
+
+    claim = claimed(metric="kl", above=["ppo"], below=["rloo"], at="wobble")
+    exhibit = made_up("curves", claim, all="algo=ppo,rloo seed=1,2,3")
+    fabricate(exhibit.jobs, course, spread=0.001)
+    result = drawn(exhibit)
+    assert result.verdict == "holds"
+    assert result.reason.startswith("kl, ppo's wobble - rloo's wobble: +0.46")
+
+
 def test_a_claim_about_curves_that_there_are_none_of_is_refused(store: Path) -> None:
     claim = claimed(metric="reward", above=["pppo"], below=["rloo"])
     exhibit = made_up("curves", claim, all="algo=ppo,rloo seed=1")

@@ -41,7 +41,7 @@ def main(ctx: Context) -> None:
         for split in (ctx.corpus.train, ctx.corpus.heldout)
     )
     require(rows, "demonstrations", recipe.batch, data.name)
-    steps = max(1, int(recipe.epochs * len(rows) / recipe.batch))
+    steps = max(int(recipe.epochs > 0), int(recipe.epochs * len(rows) / recipe.batch))
     model = ctx.recipe.model
     policy = new_policy(model, tokenizer, ctx.recipe.launch.attention)
     policy = tuned(policy, model.tuning, "model", recipe.seed)

@@ -56,11 +56,16 @@ def fit(
 ) -> None:
     """Trains for `learner.steps` steps on batches of row numbers, evaluating as often as RL does.
 
+    With no step to make it evaluates once.
+
     collate turns row numbers into a batch of `group` sequences each; judge is called with some Rows and
     the denominators, as `counts`; count turns the whole batch's
     mask into denominators; evaluate is told whether it is the last time.
     """
     ctx.resume(learner)
+    if not learner.steps:
+        ctx.report(0, {"episodes": 0, **evaluate(True)})
+        return
     ctx.progress.start(learner.steps, learner.step_index)
     points = min(ctx.recipe.eval.points, learner.steps)
     due = {round(learner.steps * (i + 1) / points) for i in range(points)}

@@ -1,7 +1,8 @@
 """Any metrics of evaluations against how far a run has come: a plot per metric, a curve per setting.
 
-A claim is that some curves lie above others, at the end of the runs, at a share of them, or on average
-over them. It is judged by the difference of sums of curves, paired by prompt, over seeds and prompts.
+A claim is that some curves lie above others: at the end of the runs, at a share of them or on average over
+them, or in how unevenly they change. It is judged by the difference of sums of curves, paired by prompt,
+over seeds and prompts.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from rlhf_cli.store.run import Run
 
 By: TypeAlias = Literal["kl", "reward", "gold", "length"]
 """What is known prompt by prompt."""
-At: TypeAlias = Literal["end", "area"] | Annotated[float, Field(ge=0, le=1)]
-"""The last evaluation, the mean over the whole run, or the evaluation at a share of the run."""
+At: TypeAlias = Literal["end", "area", "wobble"] | Annotated[float, Field(ge=0, le=1)]
+"""The last evaluation, the mean over the whole run, the standard deviation of the changes from one evaluation
+to the next (0 on a straight line), or the evaluation at a share of the run."""
 
 AXES = {
     "step": "optimiser steps",
@@ -270,9 +272,8 @@ def _at(term: Term, claim: Claim) -> At:
 def _called(term: Term, group: Sequence[Curve], claim: Claim) -> str:
     """A term in the words of a reason."""
     at = _at(term, claim)
-    when = (
-        {"end": "", "area": " on average"}.get(str(at)) if isinstance(at, str) else f" at {at:.0%}"
-    )
+    words = {"end": "", "area": " on average", "wobble": "'s wobble"}
+    when = words[at] if isinstance(at, str) else f" at {at:.0%}"
     best = "best " if len(group) > 1 else ""
     panel = f" ({term.panel})" if term.panel else ""
     return f"{best}{term.curve}{panel}{when}"
@@ -284,6 +285,8 @@ def _level(values: Floats, at: At) -> Floats:
         weights = np.ones(values.shape[-1])
         weights[[0, -1]] /= 2  # trapezoids: evaluations are equally far apart
         return mean_of_known((values * weights).sum(axis=-1) / weights.sum())
+    if at == "wobble":
+        return mean_of_known(np.diff(values).std(axis=-1, ddof=1))
     place = values.shape[-1] - 1 if at == "end" else round(float(at) * (values.shape[-1] - 1))
     return mean_of_known(values[..., place])
 
