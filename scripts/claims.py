@@ -21,7 +21,8 @@ HEAD = """# Claims of the papers, and what was found
 Written by `python scripts/claims.py` from the files beside the figures. A claim holds if the 95% interval of
 every difference it is made of lies above 0, does not hold if one lies below 0 by more than chance (Holm), and
 is open otherwise. All of it is at nano scale: small models of the embedded corpora, which say little about
-models a thousand times larger. No setting was changed after a verdict was seen.
+models a thousand times larger. No run's setting was changed after a verdict was seen; where the way of
+judging was, the figure's file says so.
 """
 
 
