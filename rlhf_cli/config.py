@@ -82,6 +82,7 @@ class Recipe:
     data: Dataset
     algo: Algorithm
     rollout: recipes.Drawing
+    sampler: recipes.Sampler
     sft: recipes.SFT
     reward: recipes.Reward
     eval: recipes.Evaluation
@@ -98,8 +99,9 @@ class Recipe:
         return self.track.group or f"{self.data.title}-{self.model.label}"
 
 
-HOW = ("launch", "checkpoint", "guard", "train", "track", "paths")
-"""What of a recipe says how it is carried out: in no key (but for a guard that backs off)."""
+HOW = ("sampler", "launch", "checkpoint", "guard", "train", "track", "paths")
+"""What of a recipe says how it is carried out: in no key (but for a guard that backs off,
+and a sampler other than the trained model)."""
 
 
 def conf_dir() -> Path:
@@ -214,10 +216,13 @@ def read(path: Path) -> DictConfig:
     if not isinstance(node, DictConfig):
         raise UserError(f"{path} holds no configuration; delete the run's folder and run again.")
     trust.check_frozen(OmegaConf.to_container(node, resolve=False), str(path))
-    if lacking := [name for name in HOW if name not in node]:
-        # Frozen by a version that had no such thing to say; what the run is stays as it was.
-        shipped = compose([])
-        node.update({name: shipped[name] for name in lacking})
+    shipped = compose([])
+    for name in HOW:
+        # Frozen by a version that had less to say; what the run is stays as it was.
+        if name not in node:
+            node[name] = shipped[name]
+        elif name != "sampler":
+            node[name] = {**shipped[name], **node[name]}
     return node
 
 

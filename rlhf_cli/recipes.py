@@ -123,8 +123,9 @@ class Model:
     """A Hugging Face repository or a local folder; null for a model trained from scratch."""
     revision: str | None
     """Commit of the repository `name`; null only for a local folder."""
-    precision: Literal["fp32", "bf16"]
-    """Arithmetic of the trained model; sums of log-probabilities are fp32 always."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    """Arithmetic of the trained model; fp16 scales its loss and needs a GPU. Sums of log-probabilities
+    are fp32 always."""
     tuning: Tuning
     """Which of its weights learn; a critic's as the reward model's it starts from."""
 
@@ -359,16 +360,65 @@ class Launch:
     kind: Literal["inline", "deepspeed"]
     """inline: in this process; deepspeed: through DeepSpeed's launcher."""
     processes: Count
+    """On this host; with a hostfile, what that says of each."""
+    slots: Count | None
+    """Runs of a sweep at once, each with its share of the cores or of the GPUs; null is as many as fit."""
     zero: Annotated[int, Field(ge=0, le=3)]
     """ZeRO stage: what is sharded between processes (0 nothing, 3 the weights too)."""
+    offload: Literal["none", "optimizer", "all"]
+    """What of the model that learns waits in the host's memory: AdamW's masters and moments (from ZeRO 1 on),
+    or under ZeRO 3 the weights too."""
     micro_batch: Count
     """Most responses (or rows) per forward pass and process."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]
     """Kernel; auto is transformers' choice."""
     checkpointing: bool
     """Whether activations are computed again in the backward pass instead of being kept."""
+    gpu: str | None
+    """What a process will have, by a name of `rlhf_cli.devices`, e.g. h100: `rlhf plan` says what fits."""
+    hostfile: str | None
+    """DeepSpeed's list of hosts, a line `NAME slots=N` each; null is this host alone."""
+    include: str | None
+    """Hosts and slots of the hostfile to be used, e.g. worker-0@worker-1:0,2; null is all of them."""
+    exclude: str | None
+    """Those not to be used."""
+    through: Literal["pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm"]
+    """Which of DeepSpeed's launchers starts the workers of other hosts."""
+    no_ssh: bool
+    """Whether instead the same command is given on every host, each with its own node_rank."""
+    node_rank: Annotated[int, Field(ge=0)] | None
+    """Which line of the hostfile this host is, from 0; only with no_ssh."""
+    master_addr: str | None
+    """Address of the first host; null asks it over ssh."""
+    master_port: Annotated[int, Field(ge=1024, le=65535)] | None
+    """Port of the first host where the workers meet; null is one that is free."""
+    ds_config: str | None
+    """A JSON file of DeepSpeed's settings, taken as it is; what the run sets itself it must leave out."""
     timeout: Annotated[int, Field(ge=10)]
     """Seconds without word from a peer after which a process gives up."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Native:
+    """Responses come from the trained model itself (`engine/sampler.py`)."""
+
+    kind: Literal["native"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Vllm:
+    """Responses come from vLLM, which is given the new weights before every rollout."""
+
+    kind: Literal["vllm"]
+    url: str | None
+    """Base address of a vLLM server; null runs it in the workers, beside what they train."""
+    memory: Share
+    """Share of a GPU's memory that vLLM takes where it runs beside the training."""
+    max_gap: Positive
+    """Largest mean difference between its log-probabilities and the trainer's own, nats per token."""
+
+
+Sampler: TypeAlias = Annotated[Native | Vllm, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, config=STRICT)
