@@ -1,28 +1,32 @@
 """Many plans at once: every distinct run of them is built once, each in a process of its own.
 
 A run is begun when those it starts from are done. What is done is left alone, so a campaign that was
-interrupted, or of which a part failed, goes on when it is given again.
+interrupted, or of which a part failed, goes on when it is given again. Who builds is a `Crew`: the slots of
+this machine, or a scheduler.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlhf_cli.config import freeze
-from rlhf_cli.errors import StageFailed, UserError
-from rlhf_cli.launch import execute
+from rlhf_cli.errors import GO_ON, StageFailed, Stopped, UserError
+from rlhf_cli.launch import execute, set_deadline
 from rlhf_cli.plan import Plan, Step, plan
 from rlhf_cli.store.files import disk
 from rlhf_cli.store.run import Run
@@ -30,6 +34,10 @@ from rlhf_cli.store.run import Run
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10
 """How long a child has to leave after an interrupt before it is killed."""
+PARENT = "RLHF_PARENT"
+"""Variable of the environment: whom a child ends with, as `worker.end_with_driver` reads it."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+AGAIN = "give the same command again to go on."
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,53 +59,142 @@ class Failure:
     reason: str
 
 
+class Job(Protocol):
+    """A task that was begun."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None as long as it runs."""
+
+
+class Crew(Protocol):
+    """Who builds the runs."""
+
+    early: bool
+    """Whether it takes a task before those that it needs are done, and has it wait for them."""
+
+    def begin(self, task: Task, after: Sequence[Job]) -> Job | None:
+        """Begin a task, the jobs it needs being these; None if there is no room for it yet."""
+
+    def ask(self, jobs: Mapping[Task, Job]) -> None:
+        """Ask jobs to stop between two steps."""
+
+    def end(self, jobs: Iterable[Job]) -> None:
+        """See to it that none is left."""
+
+
+@dataclass
+class Slots:
+    """Processes of this machine: so many at once, each with its share of the cores or GPUs of its own."""
+
+    count: int
+    devices: Sequence[str]
+    """GPUs to be shared out; empty is a machine without."""
+    leases: dict[Job, Sequence[str]] = field(default_factory=dict)
+    """GPUs of each child that was begun."""
+    early = False
+
+    def begin(self, task: Task, after: Sequence[Job]) -> Job | None:
+        """As many GPUs as the run has processes; raises UserError if there will never be so many."""
+        launch = task.step.recipe.launch
+        wanted = launch.processes if self.devices else 0
+        if wanted > len(self.devices):
+            raise UserError(
+                f"launch.processes={wanted} takes {wanted} GPUs for one run, but there are"
+                f" {len(self.devices)} ({VISIBLE}={','.join(self.devices)}); lower launch.processes, or"
+                " show more of them."
+            )
+        self.leases = {job: gpus for job, gpus in self.leases.items() if job.poll() is None}
+        taken = set(chain(*self.leases.values()))
+        free = [gpu for gpu in self.devices if gpu not in taken]
+        if len(self.leases) >= self.count or len(free) < wanted:
+            return None
+        share = {"OMP_NUM_THREADS": str(max(1, cores() // (self.count * launch.processes)))}
+        if self.devices:
+            share[VISIBLE] = ",".join(free[:wanted])
+        child = _child(task, share)
+        self.leases[child] = free[:wanted]
+        return child
+
+    def ask(self, jobs: Mapping[Task, Job]) -> None:
+        """Pass a signal on, which a child takes for the wish to stop."""
+        for child in jobs.values():
+            assert isinstance(child, subprocess.Popen)
+            child.terminate()
+
+    def end(self, jobs: Iterable[Job]) -> None:
+        """Interrupt the children, then kill those that do not leave."""
+        _stop([child for child in jobs if isinstance(child, subprocess.Popen)])
+
+
+def nobody() -> Collection[str]:
+    """No key."""
+    return ()
+
+
 @dataclass
 class Campaign:
     """How far its tasks have come."""
 
     tasks: Sequence[Task]
-    slots: int
+    crew: Crew
     console: Console
-    children: dict[Task, subprocess.Popen[bytes]] = field(default_factory=dict)
+    unwanted: Callable[[], Collection[str]] = nobody
+    """Keys of runs that were called off meanwhile: they are not begun."""
+    children: dict[Task, Job] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     failures: dict[str, Failure] = field(default_factory=dict)
+    stopped: set[str] = field(default_factory=set)
+    """Keys of runs that were asked to stop, and go on when they are given again."""
     began: dict[str, float] = field(default_factory=dict)
+    stopping: bool = False
 
     def run(self) -> None:
-        """Build what can be built. An interrupt ends the children before it is passed on."""
+        """Build what can be built; the first signal asks the children to stop, the second one ends them."""
+        from rlhf_cli.engine.stop import first_signal
+
         waiting = list(self.tasks)
         try:
-            with self._bar() as bar:
+            with self._bar() as bar, first_signal(lambda _: self._stop(), tell=True):
                 while waiting or self.children:
-                    waiting = self._begin(waiting)
+                    waiting = [] if self.stopping else self._begin(waiting)
                     self._end()
                     self._show(bar)
                     time.sleep(POLL_SECONDS)
         finally:
-            _stop(self.children.values())
+            self.crew.end(self.children.values())
+
+    def _stop(self) -> None:
+        self.stopping = True
+        self.crew.ask(self.children)
 
     def _begin(self, waiting: Sequence[Task]) -> list[Task]:
         """Start what may start; returns what has to wait on."""
-        left = []
+        left, unwanted = [], self.unwanted()
         for task in waiting:
             key = task.step.key
-            if lost := task.needs & self.failures.keys():
-                name = self.failures[min(lost)].path.name
-                self.failures[key] = Failure(task.step.path, f"not begun, for want of {name}")
-            elif task.needs <= self.done and len(self.children) < self.slots:
-                self.children[task] = _child(task, self.slots)
-                self.began[key] = time.perf_counter()
-            else:
+            if key in unwanted:
+                continue
+            if reason := self._lost(task):
+                self.failures[key] = Failure(task.step.path, reason)
+                continue
+            begun = {each.step.key: job for each, job in self.children.items()}
+            ready = self.done | begun.keys() if self.crew.early else self.done
+            after = [begun[key] for key in sorted(task.needs & begun.keys())]
+            job = self.crew.begin(task, after) if task.needs <= ready else None
+            if job is None:
                 left.append(task)
+            else:
+                self.children[task] = job
+                self.began[key] = time.perf_counter()
         return left
 
     def _end(self) -> None:
         """Take note of the children that have left."""
         for task, child in list(self.children.items()):
-            if child.poll() is None:
-                continue
-            del self.children[task]
-            self._note(task, child.returncode)
+            code = child.poll()
+            if code is not None:
+                del self.children[task]
+                self._note(task, code)
 
     def _note(self, task: Task, code: int) -> None:
         key, path = task.step.key, task.step.path
@@ -105,10 +202,19 @@ class Campaign:
         if code == 0:
             self.done.add(key)
             said = f"done {len(self.done)} of {len(self.tasks)}: {path} ({seconds:.0f} s)"
+        elif code == GO_ON or self.stopping:  # some had not begun to listen
+            self.stopped.add(key)
+            self.stopping = True  # the rest too: who asked meant the command
+            said = f"stopped: {path}"
         else:
-            self.failures[key] = Failure(path, _last_line(Run(path)))
+            self.failures[key] = Failure(path, self._lost(task) or last_line(Run(path)))
             said = f"failed: {path}: {self.failures[key].reason}"
         self.console.print(said, soft_wrap=True, markup=False)
+
+    def _lost(self, task: Task) -> str:
+        """Why a run cannot be begun, if one that it needs has failed."""
+        lost = task.needs & self.failures.keys()
+        return f"not begun, for want of {self.failures[min(lost)].path.name}" if lost else ""
 
     @contextmanager
     def _bar(self) -> Iterator[Progress]:
@@ -138,9 +244,12 @@ def run(plans: Mapping[str, Plan], slots: int, console: Console) -> list[Failure
     """Build every run of the plans that is not done, up to `slots` at once; returns what failed.
 
     plans: by the command that makes each. A failure keeps nothing waiting but what starts from it.
+    Raises Stopped if that was asked for.
     """
-    campaign = Campaign(tasks(plans), slots, console)
+    campaign = Campaign(tasks(plans), Slots(slots, visible_devices()), console)
     campaign.run()
+    if campaign.stopping:
+        raise Stopped(f"{len(campaign.done)} of {len(campaign.tasks)} runs are done; {AGAIN}")
     return list(campaign.failures.values())
 
 
@@ -161,25 +270,41 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _child(task: Task, slots: int) -> subprocess.Popen[bytes]:
-    """A process that builds one run, in a session of its own: an interrupt is ours to pass on."""
-    run = Run(task.step.path)
+def visible_devices() -> list[str]:
+    """The GPUs this process may use: those that CUDA_VISIBLE_DEVICES names, or else all there are."""
+    named = os.environ.get(VISIBLE)
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _child(task: Task, share: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return child(Run(task.step.path), freeze(task.step.node), task.command, share)
+
+
+def child(run: Run, config: str, command: str, share: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A process that builds one run, in a session of its own: a signal is ours to pass on.
+
+    config: frozen; share: what of the environment is its own.
+    """
     with disk(run.log):
         run.log.mkdir(parents=True, exist_ok=True)
         log = _console(run).open("ab")
     with log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "rlhf_cli.campaign", task.command],
+        begun = subprocess.Popen(
+            [sys.executable, "-m", "rlhf_cli.campaign", command],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // slots))},
+            env={**os.environ, **share, PARENT: f"{socket.gethostname()} {os.getpid()}"},
             start_new_session=True,
         )
-    assert child.stdin is not None
-    with child.stdin as pipe:
-        pipe.write(freeze(task.step.node).encode())
-    return child
+    assert begun.stdin is not None
+    with begun.stdin as pipe:
+        pipe.write(config.encode())
+    return begun
 
 
 def _stop(children: Iterable[subprocess.Popen[bytes]]) -> None:
@@ -197,21 +322,42 @@ def _console(run: Run) -> Path:
     return run.log / "console.txt"
 
 
-def _last_line(run: Run) -> str:
+def last_line(run: Run) -> str:
     """What a child said last, which is why it failed."""
-    lines = _console(run).read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-    return last.removeprefix("error: ")
+    return (_said(run) or "it said nothing").removeprefix("error: ")
+
+
+def refusal(run: Run) -> str:
+    """Why a child would not even begin the run; "" if it did not say so last."""
+    said = _said(run)
+    return said.removeprefix("error: ") if said.startswith("error: ") else ""
+
+
+def _said(run: Run) -> str:
+    try:
+        lines = _console(run).read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:  # of a scheduler's job that did not begin
+        return ""
+    return next((line for line in reversed(lines) if line.strip()), "")
 
 
 def main() -> int:
-    """A child: builds the one run whose frozen configuration is on stdin."""
+    """A child: builds the one run whose frozen configuration is on stdin, and ends with who began it."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit's, whose own process hears it for us
     node = OmegaConf.create(sys.stdin.read())
     assert isinstance(node, DictConfig)
     try:
-        execute(plan(node), sys.argv[1])
+        from rlhf_cli.worker import end_with_driver
+
+        end_with_driver(os.environ[PARENT])
+        found = plan(node)
+        set_deadline([found])
+        execute(found, sys.argv[1])
     except KeyboardInterrupt:
         return 130
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return GO_ON
     except (UserError, StageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

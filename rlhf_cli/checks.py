@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rlhf_cli import shapes
-from rlhf_cli.recipes import Classifier
+from rlhf_cli import ds_config, shapes
+from rlhf_cli.devices import GPUS
+from rlhf_cli.hosts import slots, workers
+from rlhf_cli.recipes import Classifier, Launch
 from rlhf_cli.store import pretrained
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def faults(recipe: Recipe) -> Iterator[str]:
     yield from _batches(recipe)
     yield from _models(recipe)
     yield from _scores(recipe)
+    yield from _sampler(recipe)
 
 
 def _names(recipe: Recipe) -> Iterator[str]:
@@ -70,20 +73,88 @@ def _scores(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _sampler(recipe: Recipe) -> Iterator[str]:
+    if recipe.sampler.kind == "vllm" and recipe.data.pays:
+        yield (
+            f"sampler=vllm draws one response to a prompt, but data={recipe.data.title} is played in"
+            " several turns; use sampler=native."
+        )
+
+
 def _launch(recipe: Recipe) -> Iterator[str]:
     launch, n = recipe.launch, recipe.launch.processes
-    if launch.kind == "inline" and n > 1:
-        yield f"launch.processes={n} needs a launcher; add launch=deepspeed."
-    if n > 1 and 0 < (devices := _cuda_devices()) < n:
+    if launch.kind == "inline":
+        for key, given in ("processes", n > 1 and n), ("hostfile", launch.hostfile):
+            if given:
+                yield f"launch.{key}={given} needs a launcher; add launch=deepspeed."
+    here = launch.hostfile is None
+    if here and n > 1 and 0 < (devices := _cuda_devices()) < n:
         yield (
             f"launch.processes={n} is more than this machine's {devices} CUDA devices; set"
             f" launch.processes={devices}."
         )
+    least = {"none": 0, "optimizer": 1, "all": 3}[launch.offload]
+    if launch.zero < least:
+        yield (
+            f"launch.offload={launch.offload} needs launch.zero={least}{' or more' * (least < 3)}, not"
+            f" {launch.zero}; set launch=deepspeed launch.zero={least}."
+        )
+    if launch.gpu is not None and launch.gpu not in GPUS:
+        yield (
+            f"launch.gpu={launch.gpu} is not in the list of GPUs; set launch.gpu to one of"
+            f" {', '.join(GPUS)}."
+        )
+    yield from _hosts(launch)
+    if launch.ds_config is not None:
+        yield from ds_config.faults(launch, recipe.model.precision)
+
+
+def _hosts(launch: Launch) -> Iterator[str]:
+    """What says something about several hosts, and has nothing to say it about."""
+    given = {
+        "include": launch.include,
+        "exclude": launch.exclude,
+        "no_ssh": launch.no_ssh or None,
+        "node_rank": launch.node_rank,
+        "master_addr": launch.master_addr,
+    }
+    words = [f"launch.{key}={value}" for key, value in given.items() if value is not None]
+    if launch.hostfile is None:
+        yield from (
+            f"{word} has no effect without a hostfile; add launch.hostfile=FILE." for word in words
+        )
+        return
+    if launch.include and launch.exclude:
+        yield (
+            f"launch.include={launch.include} and launch.exclude={launch.exclude} exclude each other; leave"
+            " one of them out."
+        )
+        return
+    if not launch.no_ssh:
+        if launch.node_rank is not None:
+            yield f"launch.node_rank={launch.node_rank} is for launch.no_ssh=true alone; leave it out."
+        return
+    for key in ("node_rank", "master_addr", "master_port"):
+        if getattr(launch, key) is None:
+            yield (
+                f"launch.no_ssh=true needs launch.{key}, {_NEEDED[key]}; give the same command on every host"
+                " but for its node_rank."
+            )
+    rank, hosts = launch.node_rank, len(slots(launch))
+    if rank is not None and rank >= hosts:
+        yield f"launch.node_rank={rank} must be less than the {hosts} hosts in use; count them from 0."
+
+
+_NEEDED = {
+    "node_rank": "which host of the hostfile this is",
+    "master_addr": "the address of the first host",
+    "master_port": "a free port of the first host",
+}
 
 
 def _batches(recipe: Recipe) -> Iterator[str]:
     """Totals must divide: rounded silently, equal budgets would not be equal."""
-    update, n = recipe.algo.update, recipe.launch.processes
+    update, n = recipe.algo.update, workers(recipe.launch)
     responses = recipe.algo.sampling().responses
     share = responses * update.minibatches * n
     if update.batch % share:
@@ -101,7 +172,7 @@ def _batches(recipe: Recipe) -> Iterator[str]:
     for stage, batch in ("sft", recipe.sft.batch), ("reward", recipe.reward.batch):
         if batch % n:
             yield (
-                f"{stage}.batch={batch} cannot be dealt out evenly to launch.processes={n}; set"
+                f"{stage}.batch={batch} cannot be dealt out evenly to {n} processes; set"
                 f" {stage}.batch={_near(batch, n)}."
             )
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast, get_args
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rlhf_cli.plan import Plan
     from rlhf_cli.store.run import Run
     from rlhf_cli.tools.data_check import Checked
+    from rlhf_cli.words import Line
 
 app = typer.Typer(
     add_completion=False,
@@ -35,6 +36,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(data_app, name="data", help="Look at data before anything is trained on them.")
+sweep_app = typer.Typer(rich_markup_mode=None)
+app.add_typer(sweep_app, name="sweep", help="List sweeps (train -m), or look after one.")
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """What typer raises for words it cannot read; it has no public name in every version."""
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -55,12 +58,15 @@ DataWords = Annotated[
     ),
 ]
 
+SweepName = Annotated[str, typer.Argument(help="A sweep by name or key, or the beginning of one.")]
+
 EXAMPLES = """
 \b
 Examples:
   rlhf {verb} algo=p3o_v2 data=hh
   rlhf {verb} algo=ppo algo.beta=0.1 seed=2 stage=rl
   rlhf {verb} -m algo=p3o_v2,ppo seed=1,2          a sweep, one run after the other
+  rlhf {verb} -m algo=p3o_v2,ppo launch.slots=2    two at once
   rlhf {verb} model=pythia_1b launch=deepspeed launch.processes=8
   rlhf {verb} data=hh data.source=path data.path=DIR
   rlhf {verb} algo=mine --config-dir DIR           with DIR/algo/mine.yaml
@@ -140,6 +146,9 @@ def main(words: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {_told(_sentence(error))}", file=sys.stderr)
         code = 1 if isinstance(error, StageFailed) else 2
+    except Stopped as stopped:
+        print(f"stopped: {_told(str(stopped))}", file=sys.stderr)
+        code = GO_ON
     raise SystemExit(code)
 
 
@@ -186,7 +195,22 @@ def _rlhf(
 @app.command(context_settings=HYDRA, epilog=EXAMPLES.format(verb="train"))
 def train(context: typer.Context) -> None:
     """Build what is missing of a chain, or of a sweep with -m."""
-    _carry_out(_planned(context.args), masked(shlex.join(["rlhf", "train", *context.args])))
+    from rlhf_cli.words import read
+
+    command = masked(shlex.join(["rlhf", "train", *context.args]))
+    line = read(context.args)
+    jobs = _planned(line)
+    if not jobs:
+        return
+    if len(jobs) == 1 and line.plain:
+        _carry_out(jobs[0][1], command)
+        return
+    from rlhf_cli.sweeps import carry_out
+
+    console = _console()
+    with _interruptible():
+        outcome = carry_out.run(jobs, line, command, console)
+    raise typer.Exit(carry_out.end(outcome, command, console))
 
 
 @app.command()
@@ -205,7 +229,7 @@ def resume(
         return
     plan = plan_of(found)
     _console().print(describe(plan))
-    _carry_out([plan], found.manifest()["command"])
+    _carry_out(plan, found.manifest()["command"])
 
 
 @app.command(context_settings=HYDRA, epilog=EXAMPLES.format(verb="plan"))
@@ -213,7 +237,9 @@ def plan(context: typer.Context) -> None:
     """Show what train would do, or what a figure needs (figure=NAME), and spend nothing."""
     named = [word for word in context.args if word.startswith("figure=")]
     if not named:
-        _planned(context.args)
+        from rlhf_cli.words import read
+
+        _planned(read(context.args))
         return
     from rlhf_cli import gallery
     from rlhf_cli.plan import describe
@@ -299,11 +325,8 @@ def figure(
     failures = []
     if run:
         wanted = gallery.commands(gallery.together(shown))
-        try:
+        with _interruptible():
             failures = campaign.run(wanted, slots or campaign.cores(), _console())
-        except KeyboardInterrupt:
-            print("\ninterrupted: give the same command again to go on.", file=sys.stderr)
-            raise typer.Exit(130) from None
         shown = gallery.exhibits(words)
     for each in shown:
         if each.missing:
@@ -466,6 +489,64 @@ def runs(runs: Runs = Path("runs"), as_json: Json = False) -> None:
         console.print(listing.table(rows, wide=console.width >= listing.WIDE))
     else:
         _say(f"no runs in {runs} yet; `rlhf train` makes one.")
+
+
+@sweep_app.callback(invoke_without_command=True)
+def sweeps(context: typer.Context, runs: Runs = Path("runs"), as_json: Json = False) -> None:
+    """List every sweep and how far it came; or look after one: status, retry, cancel."""
+    if context.invoked_subcommand is not None:
+        return
+    from rlhf_cli.sweeps import index, standing
+
+    found = [(sweep, standing.standings(sweep)) for sweep in index.every(runs)]
+    if as_json:
+        _print_json([standing.plain(*each) for each in found])
+    elif found:
+        _console().print(standing.table(found))
+        print("next: rlhf sweep status NAME, rlhf sweep retry NAME")
+    else:
+        _say(f"no sweeps in {runs} yet; `rlhf train -m` makes one.")
+
+
+@sweep_app.command()
+def status(name: SweepName = "", runs: Runs = Path("runs"), as_json: Json = False) -> None:
+    """Show every run of a sweep, why some are not done, and about how long the rest will take."""
+    from rlhf_cli.sweeps import index, standing
+
+    sweep = index.find(runs, name)
+    found = standing.standings(sweep)
+    if as_json:
+        _print_json(standing.plain(sweep, found))
+    else:
+        _console().print(standing.page(sweep, found))
+
+
+@sweep_app.command()
+def retry(
+    name: SweepName,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Run what failed, is missing or was cancelled, by the configurations of its first command."""
+    from rlhf_cli.sweeps import carry_out, index
+
+    sweep, console = index.find(runs, name), _console()
+    with _interruptible():
+        outcome = carry_out.retry(sweep, console)
+    raise typer.Exit(carry_out.end(outcome, sweep.command, console))
+
+
+@sweep_app.command()
+def cancel(
+    name: SweepName,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Ask what runs to stop after its step, and begin nothing more, until the sweep is retried."""
+    from rlhf_cli.sweeps import carry_out, index
+
+    sweep = index.find(runs, name)
+    jobs, asked = carry_out.cancel(sweep)
+    _say(f"{sweep.name}: {jobs} cancelled, {asked} running runs asked to stop")
+    _say(f"next: rlhf sweep status {sweep.key}, rlhf sweep retry {sweep.key}")
 
 
 @app.command()
@@ -717,53 +798,47 @@ def _kls(words: str) -> list[float]:
         ) from None
 
 
-def _planned(words: Sequence[str]) -> list[Plan]:
-    """Compose, check and print every job of the line before any of them runs."""
+def _planned(line: Line) -> list[tuple[tuple[str, ...], Plan]]:
+    """Compose, check and print every job of the line before any of them runs, each beside its own words.
+
+    Of a search that is the first trial, since nobody knows the others yet.
+    """
     from rlhf_cli import plan as planning
-    from rlhf_cli.words import collect
+    from rlhf_cli.words import jobs
 
-    jobs = [planning.plan(node) for node in collect(words)]
-    if jobs:
-        _console().print(planning.describe(*jobs))
-    return jobs
+    if line.sweeper is None:
+        found = [(job, planning.plan(node)) for job, node in jobs(line.words)]
+    else:
+        from rlhf_cli.sweeps import search
+
+        found = [search.first(line)]
+    if found:
+        _console().print(planning.describe(*(each for _, each in found)))
+    return found
 
 
-def _carry_out(jobs: Sequence[Plan], command: str) -> None:
-    """Build what is missing of every job; the others of a sweep go on when one of them fails."""
+def _carry_out(plan: Plan, command: str) -> None:
+    """Build what is missing of one chain."""
     from rlhf_cli.launch import execute, set_deadline
     from rlhf_cli.plan import check_downloads
 
-    for plan in jobs:
-        check_downloads(plan)
-    set_deadline(jobs)
-    failures = []
-    for plan in jobs:
-        try:
-            directory = execute(plan, command)
-        except KeyboardInterrupt:
-            print("\ninterrupted: give the same command again to go on.", file=sys.stderr)
-            raise typer.Exit(130) from None
-        except Stopped as stopped:  # the rest of a sweep too: who asked meant the command
-            print(f"stopped: {_told(str(stopped))}", file=sys.stderr)
-            raise typer.Exit(GO_ON) from None
-        except Exception as error:
-            if len(jobs) == 1:
-                raise
-            said = str(error)
-            if not isinstance(error, (UserError, StageFailed)):
-                # A fault of ours: the others of the sweep go on, and this one says where it was.
-                traceback.print_exc()
-                said = f"{type(error).__name__}: {error}"
-            failures.append(f"{plan.steps[-1].path}: {_told(said)}")
-            print(f"error: {_told(said)}", file=sys.stderr)
-            continue
-        if plan.recipe.stage == "rl":
-            _say(f"next: rlhf frontier, rlhf show {plan.steps[-1].key}, rlhf runs")
-        _say(f"run: {directory}")
-    if failures:
-        print(f"error: {len(failures)} of {len(jobs)} runs failed:", file=sys.stderr)
-        print("\n".join(f"  {failure}" for failure in failures), file=sys.stderr)
-        raise typer.Exit(1)
+    check_downloads(plan)
+    set_deadline([plan])
+    with _interruptible():
+        directory = execute(plan, command)
+    if plan.recipe.stage == "rl":
+        _say(f"next: rlhf frontier, rlhf show {plan.steps[-1].key}, rlhf runs")
+    _say(f"run: {directory}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say how to go on after an interrupt."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted: give the same command again to go on.", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _command() -> str:

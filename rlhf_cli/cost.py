@@ -1,69 +1,50 @@
-"""What a stage costs: bytes of each process, arithmetic, hours of a GPU; from shapes and totals alone.
+"""What a stage costs: arithmetic, talk between processes, hours of a GPU; from shapes and totals alone.
 
-An estimate that no run on a GPU has confirmed; hours may well be off by a factor of two. Every text is
-taken to be as long as `data.max_prompt_tokens` and `data.max_response_tokens` allow, which is right for
-memory and too much for the rest. Left out: what the CUDA runtime and a fragmented allocator take (a GB
-or two), talk between processes, the time of optimiser steps, the loading of weights and rows, judges that
-are no model of this process. Nothing is loaded and nothing fetched: shapes come from the table of
-`rlhf_cli.shapes` or a `config.json` that is already here.
+An estimate that no run on a GPU has confirmed; hours may well be off by a factor of two (docs/scale.md
+holds it against published ones). Every text is taken to be as long as `data.max_prompt_tokens` and
+`data.max_response_tokens` allow, which is too much for most. Left out: the time of optimiser steps and of
+offloading, the loading of weights and rows, judges that are no model of this process. Nothing is loaded and
+nothing fetched: shapes come from the table of `rlhf_cli.shapes` or a `config.json` that is already here.
+What memory it takes is in `rlhf_cli.memory`.
 
     pass of N parameters over L tokens   2 N L + 4 layers width L^2 FLOP    (Kaplan et al. 2020,
     its backward pass                    twice that                          arXiv:2001.08361)
-    states of AdamW                      8 bytes a parameter, and 4 for a copy in fp32 where weights are
-                                         bf16 or sharded                    (Rajbhandari et al. 2020,
-                                                                             arXiv:1910.02054)
     a step of drawing                    whichever is longest: reading weights and cache, the arithmetic,
                                          launching the kernels
+    gradients of one optimiser step      ZeRO 0 and 1: 2 N numbers          (Rajbhandari et al. 2020,
+    and the weights it changes,          ZeRO 2: (m + 1) N                   arXiv:1910.02054, section 7;
+    in m micro-batches                   ZeRO 3: 3 m N                       2 and 3 reduce m times)
+    a whole copy under ZeRO 3            N numbers, once per rollout and evaluation
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import TYPE_CHECKING, Literal
 
+from rlhf_cli import devices, hosts
+from rlhf_cli.devices import GPU, Precision
 from rlhf_cli.recipes import Classifier, Model
 from rlhf_cli.shapes import Shape, shape
 
 if TYPE_CHECKING:
     from rlhf_cli.config import Recipe
 
-Activity = Literal["learning", "drawing", "scoring"]
-Precision = Literal["fp32", "bf16"]
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A device as its data sheet describes it."""
-
-    name: str
-    memory: float
-    """Bytes."""
-    bandwidth: float
-    """Bytes per second."""
-    flops: Mapping[Precision, float]
-    """FLOP per second."""
-
-
-A100 = GPU("A100-80GB", 80e9, 2.039e12, {"bf16": 312e12, "fp32": 19.5e12})
-"""NVIDIA A100 80GB SXM; fp32 without TF32, which torch leaves off."""
+Activity = Literal["learning", "drawing", "scoring", "talking"]
 
 BUSY = 0.35
 """Share of `GPU.flops` that passes over given texts reach. 0.21 to 0.46 is what Chowdhery et al. 2022
 (arXiv:2204.02311, table 3) list for large models trained with care; Python and padding cost as much."""
 STREAM = 0.7
-"""Share of `GPU.bandwidth` that drawing reaches; ours: copies reach 0.8 to 0.9, small kernels less."""
+"""Share of `GPU.bandwidth` and of links that is reached; ours: copies reach 0.8 to 0.9, small kernels
+less."""
 LAUNCH = 0.6e-3
 """Seconds to launch the kernels of one layer in one step of drawing, without CUDA graphs; ours: 20 ms per
 token of 32 layers, whatever their width."""
 
-BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2}
-ADAM, MASTER, SCRATCH = 8, 4, 4
-"""Bytes a parameter: both moments; the fp32 copy; what AdamW's step needs for its own arithmetic."""
-LOGIT = 12
-"""Bytes a logit: in the model's precision, over the temperature, in fp32, and its log-softmax."""
-CHANCE = 12
-"""Bytes an entry of the vocabulary while a token is drawn: fp32 logits, softmax, cumulative sum."""
+BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 FROZEN = {"reference", "reward model", "guide", "classifier"}
 """What stands beside the learner."""
 SMALL = 10_000_000
@@ -115,16 +96,6 @@ class Net:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes of a model in one process."""
-
-    name: str
-    weights: float
-    learning: float
-    """Gradients, states of the optimiser, and whatever copies it keeps."""
-
-
-@dataclass(frozen=True)
 class Work:
     """Something done, by all processes together."""
 
@@ -138,9 +109,6 @@ class Work:
 class Cost:
     """What a stage costs."""
 
-    held: tuple[Held, ...]
-    moments: Mapping[str, float]
-    """Bytes of one process that are needed at one time or another, never all at once."""
     works: tuple[Work, ...]
     learned: float
     """Tokens that are learned from, each as often as it is."""
@@ -150,18 +118,13 @@ class Cost:
     """Where their number is not known: the rows that all of this is stated for."""
 
     @property
-    def memory(self) -> float:
-        """Bytes of one process at its fullest."""
-        return sum(h.weights + h.learning for h in self.held) + max(self.moments.values())
-
-    @property
     def flop(self) -> float:
         """FLOP of the whole stage."""
         return sum(work.flop for work in self.works)
 
     @property
     def gpu_hours(self) -> float:
-        """Of an `A100`, over all processes."""
+        """Of the GPU that `launch.gpu` names, over all processes."""
         return sum(work.seconds for work in self.works) / 3600
 
     def share(self, activity: Activity) -> float:
@@ -187,8 +150,21 @@ def rollout_flop(made: Recipe, scored: bool, prompt: float, reply: float) -> flo
     """
     desk = Desk(made, prompt, reply)
     nets = desk.cast(scored)
-    draws = [draw for _, draw in desk.draws(nets, 1, 0)]
-    return sum(work.flop for work in [*draws, *desk.passes(nets, 1, 0)])
+    drawn = [desk.draw(each) for each in desk.draws(nets, 1, 0)]
+    return sum(work.flop for work in [*drawn, *desk.passes(nets, 1, 0)])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Responses that are drawn at one time, by all processes together."""
+
+    experts: Sequence[Net]
+    """The models whose product is drawn from, one step after the other."""
+    rows: float
+    """Responses."""
+    prompts: float
+    times: int = 1
+    """How often that is done in the stage."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +187,16 @@ class Desk:
         """Tokens of a prompt and its response."""
         return self.prompt + self.reply
 
+    @property
+    def gpu(self) -> GPU:
+        """What each process has, or is taken to have."""
+        return devices.named(self.made.launch.gpu)
+
+    @property
+    def processes(self) -> int:
+        """On all hosts together."""
+        return hosts.workers(self.made.launch)
+
     def sft(self) -> Cost:
         """Demonstrations through the policy; logits at every token of them."""
         made, part = self.made, self.made.sft
@@ -219,11 +205,10 @@ class Desk:
         seen = rows * part.epochs
         evaluated = min(made.eval.points, seen / part.batch) * made.eval.prompts
         return Cost(
-            held=self.trained([policy]),
-            moments=self.moments([policy], made.launch.micro_batch, self.length),
             works=(
                 self.learn(policy, seen, self.length),
                 self.read(policy, evaluated, self.length),
+                *self.talk([policy], seen / part.batch, part.batch),
             ),
             learned=seen * self.length,
             drawn=0,
@@ -234,21 +219,15 @@ class Desk:
         """Both sides of every pair through the reward model, and its calibration on drawn responses."""
         made, part = self.made, self.made.reward
         scorer = self.net("reward model", part.model, learns=True, head=False)
-        policy = self.net("policy", made.model)
         rows, sample = self.rows("pairs")
         seen = rows * part.epochs
         evaluated = min(made.eval.points, seen / part.batch) * made.eval.prompts
-        cache, draw = self.draw([policy], part.calibration, part.calibration)
         return Cost(
-            held=self.trained([scorer]),
-            moments={
-                **self.moments([scorer], made.launch.micro_batch, 0),
-                "drawing": held(policy).weights + cache,
-            },
             works=(
                 self.learn(scorer, 2 * seen, 0),
                 self.read(scorer, 2 * evaluated + part.calibration, 0),
-                draw,
+                self.draw(self.calibration()),
+                *self.talk([scorer], seen / part.batch, 2 * part.batch),
             ),
             learned=2 * seen * self.length,
             drawn=part.calibration * self.reply,
@@ -259,34 +238,32 @@ class Desk:
         """Drawing, scoring and learning of every rollout, and the evaluations."""
         made, algo, update = self.made, self.made.algo, self.made.algo.update
         nets = self.cast(scored)
-        frozen = [net for name, net in nets.items() if name in FROZEN]
         actors = [net for name, net in nets.items() if name not in FROZEN]
-        sources = algo.sampling().sources
-        group, prompts = len(sources), update.batch // len(sources)
         rollouts = update.episodes // update.batch
         evaluations = 1 + min(made.eval.points, rollouts)
-        drawn = rollouts * prompts * sum(sources.count(law) for law in self.laws(nets))
-        drawn += evaluations * made.eval.prompts
         draws = self.draws(nets, rollouts, evaluations)
-
-        shared = made.model.tuning.lora is not None and made.launch.zero < 3
-        most = max(1, made.launch.micro_batch // group) * group
-        share = max(group, update.batch // update.minibatches // made.launch.processes)
-        logits = 1 + algo.wants_entropy() + ("Q" in nets)
-        learners = [net for net in actors if net.learned]
+        rows = self.given(rollouts) * update.epochs
+        steps = rollouts * update.epochs * update.minibatches
         return Cost(
-            held=(
-                *self.trained(actors),
-                *(held(net) for net in frozen if not (net is nets["reference"] and shared)),
+            works=(
+                *(self.draw(each) for each in draws),
+                *self.passes(nets, rollouts, evaluations),
+                *self.talk(
+                    actors, steps, rows / steps, rollouts + evaluations, algo.sampling().responses
+                ),
             ),
-            moments={
-                **self.moments(learners, min(most, share), self.reply * logits),
-                "drawing": max(cache for cache, _ in draws),
-            },
-            works=(*(draw for _, draw in draws), *self.passes(nets, rollouts, evaluations)),
-            learned=self.given(rollouts) * update.epochs * self.length,
-            drawn=drawn * self.reply,
+            learned=rows * self.length,
+            drawn=sum(each.rows * each.times for each in draws) * self.reply,
         )
+
+    def calibration(self) -> Draw:
+        """What a reward model's scale is measured on."""
+        count = self.made.reward.calibration
+        return Draw([self.net("policy", self.made.model)], count, count)
+
+    def evaluation(self, policy: Net, times: int = 1) -> Draw:
+        """What an evaluation is made of."""
+        return Draw([policy], self.made.eval.prompts, self.made.eval.prompts, times)
 
     def laws(self, nets: Mapping[str, Net]) -> dict[str, list[Net]]:
         """What each source that is drawn is drawn from."""
@@ -299,19 +276,16 @@ class Desk:
         batch, group = algo.update.batch, algo.sampling().responses
         return rollouts * (batch + algo.side().responses * (batch // group))
 
-    def draws(
-        self, nets: Mapping[str, Net], rollouts: int, evaluations: int
-    ) -> list[tuple[float, Work]]:
-        """Responses of all rollouts and evaluations, as `draw`."""
+    def draws(self, nets: Mapping[str, Net], rollouts: int, evaluations: int) -> list[Draw]:
+        """Responses of all rollouts and evaluations."""
         made, sources = self.made, list(self.made.algo.sampling().sources)
         prompts = made.algo.update.batch // len(sources)
         found = [
-            self.draw(experts, prompts * each, prompts, rollouts)
+            Draw(experts, prompts * each, prompts, rollouts)
             for law, experts in self.laws(nets).items()
             if (each := sources.count(law))  # type: ignore[arg-type]
         ]
-        count = made.eval.prompts
-        return [*found, self.draw([nets["policy"]], count, count, evaluations)]
+        return [*found, self.evaluation(nets["policy"], evaluations)]
 
     def passes(self, nets: Mapping[str, Net], rollouts: int, evaluations: int) -> list[Work]:
         """What is read and what is learned from."""
@@ -384,75 +358,76 @@ class Desk:
             learned = one.parameters if head else one.scorer
         return Net(name, one, model.precision, head, learned, depth)
 
-    def trained(self, nets: Sequence[Net]) -> tuple[Held, ...]:
-        """What the models of a learner take in one process, sharded as `launch.zero` says."""
-        launch, n = self.made.launch, self.made.launch.processes
-        found = []
-        for net in nets:
-            number, at = BYTES[nets[0].precision], launch.zero
-            # Under ZeRO 3 a whole copy is kept for drawing and scoring, beside the shards.
-            weights = net.parameters * number * (1 + 1 / n if at == 3 else 1)
-            gradients = net.learned * number / (n if at >= 2 else 1)
-            master = MASTER if number < 4 or at else 0
-            states = net.learned * (ADAM + master) / (n if at >= 1 else 1)
-            found.append(Held(net.name, weights, gradients + states))
-        return tuple(found)
-
-    def moments(self, nets: Sequence[Net], rows: int, out: float) -> dict[str, float]:
-        """Bytes that a micro-batch of so many rows keeps for its backward pass, and those of a step."""
-        launch, number = self.made.launch, BYTES[nets[0].precision]
-        tokens = rows * self.length
-        kept = 0.0
-        for net in nets:
-            one = net.shape
-            layer = one.kept + one.scores(launch.attention, number) * self.length
-            layers = one.layers * net.depth
-            if launch.checkpointing:
-                kept += tokens * (one.width * layers + layer) * number
-            else:
-                kept += tokens * layer * layers * number
-        vocabulary = max(net.shape.vocab if net.has_head else 0 for net in nets)
-        master = MASTER if number < 4 or launch.zero else 0
-        shards = launch.processes if launch.zero else 1
-        return {
-            "learning": kept + rows * out * vocabulary * LOGIT,
-            "stepping": sum(net.learned for net in nets) * (SCRATCH + master) / shards,
-        }
+    def most(self, rows: float, group: int = 1) -> float:
+        """Rows of a micro-batch, of so many that a minibatch has; group: how many stay together."""
+        limit = max(1, self.made.launch.micro_batch // group) * group
+        return min(limit, max(group, rows // self.processes))
 
     def read(self, net: Net, rows: float, out: float) -> Work:
         """A pass over given rows."""
-        return work("scoring", net, net.forward(rows, self.length, out))
+        return self.work("scoring", net, net.forward(rows, self.length, out))
 
     def learn(self, net: Net, rows: float, out: float) -> Work:
         """A pass over given rows, its gradients, and the pass that checkpointing repeats."""
         forward = net.forward(rows, self.length, out)
         again = self.made.launch.checkpointing * net.depth
-        return work("learning", net, forward * (1 + again) + net.backward(forward))
+        return self.work("learning", net, forward * (1 + again) + net.backward(forward))
 
-    def draw(
-        self, experts: Sequence[Net], rows: int, prompts: int, times: int = 1
-    ) -> tuple[float, Work]:
-        """Responses to prompts, all of a process's at once: bytes of its cache, and the work.
+    def work(self, activity: Activity, net: Net, flop: float) -> Work:
+        """So much arithmetic of one model on given texts."""
+        return Work(activity, flop, flop / (self.gpu.flops(net.precision) * BUSY))
 
-        experts: the models whose product is drawn from, one step after the other.
-        """
-        n, prompt = self.made.launch.processes, self.prompt
-        flop = seconds = cache = 0.0
-        mine, middle = rows / n, prompt + self.reply / 2
-        for net in experts:
+    def draw(self, each: Draw) -> Work:
+        """The work of drawing, all rows of a process at once."""
+        n, prompt, gpu = self.processes, self.prompt, self.gpu
+        flop = seconds = 0.0
+        mine, middle = each.rows / n, prompt + self.reply / 2
+        for net in each.experts:
             one, number = net.shape, BYTES[net.precision]
-            rate = A100.flops[net.precision] * BUSY
-            filling = net.forward(prompts / n, prompt, 1)
-            states = mine * one.layers * one.kv * number
+            rate = gpu.flops(net.precision) * BUSY
+            filling = net.forward(each.prompts / n, prompt, 1)
             matrices = 2 * (one.layers * one.layer + one.head)
-            read = matrices // 2 * number + states * middle
-            each = mine * (matrices + 4 * one.layers * one.attention * middle)
-            step = max(read / (A100.bandwidth * STREAM), each / rate, one.layers * LAUNCH)
-            flop += filling + self.reply * each
+            read = (matrices / 2 + mine * one.layers * one.kv * middle) * number
+            token = mine * (matrices + 4 * one.layers * one.attention * middle)
+            step = max(read / (gpu.bandwidth * STREAM), token / rate, one.layers * LAUNCH)
+            flop += filling + self.reply * token
             seconds += filling / rate + self.reply * step
-            cache += states * self.length
-        cache += mine * experts[0].shape.vocab * CHANCE
-        return cache, Work("drawing", times * n * flop, times * n * seconds)
+        return Work("drawing", each.times * n * flop, each.times * n * seconds)
+
+    def talk(
+        self, nets: Sequence[Net], steps: float, rows: float, copies: float = 0, group: int = 1
+    ) -> list[Work]:
+        """The time of what `sent` counts, none of it while something is computed; none of one process."""
+        seconds = self.sent(nets, steps, rows, copies, group) / (self.reach * STREAM)
+        return [Work("talking", 0.0, self.processes * seconds)] if seconds else []
+
+    def sent(
+        self, nets: Sequence[Net], steps: float, rows: float, copies: float = 0, group: int = 1
+    ) -> float:
+        """Bytes that each process sends in so many optimiser steps.
+
+        rows: of a minibatch, of which `group` stay together; copies: how often ZeRO 3 gathers a whole one.
+        """
+        n, zero, total = self.processes, self.made.launch.zero, 0.0
+        parts = ceil(rows / n / self.most(rows, group))
+        for net in nets:
+            whole, learned = float(net.parameters), net.learned
+            told = {2: (parts + 1) * learned, 3: parts * (2 * whole + learned)}.get(
+                zero, 2 * learned
+            )
+            gathered = copies * whole if zero == 3 else 0.0
+            total += (steps * told + gathered) * BYTES[net.precision]
+        return total * (n - 1) / n
+
+    @property
+    def reach(self) -> float:
+        """Bytes per second that a process can pass on in a ring through all of them.
+
+        Between hosts, each of a host's processes carries its share of what leaves it.
+        """
+        slots = hosts.slots(self.made.launch)
+        between = min(slots.values()) * self.gpu.network
+        return self.gpu.link if len(slots) == 1 else min(self.gpu.link, between)
 
     def rows(self, kind: Literal["demos", "pairs"]) -> tuple[int, int | None]:
         """Training rows of the data; where nobody knows, a round number, and that number again."""
@@ -473,13 +448,3 @@ class Desk:
 def _needs(made: Recipe) -> set[str]:
     # By value: naming the enum itself would import torch.
     return {need.value for need in made.algo.needs}
-
-
-def held(net: Net) -> Held:
-    """A frozen model, whole in every process."""
-    return Held(net.name, net.parameters * BYTES[net.precision], 0.0)
-
-
-def work(activity: Activity, net: Net, flop: float) -> Work:
-    """So much arithmetic of one model on given texts."""
-    return Work(activity, flop, flop / (A100.flops[net.precision] * BUSY))

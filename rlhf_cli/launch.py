@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from rlhf_cli import config
 from rlhf_cli.config import Recipe
 from rlhf_cli.data.corpus import Corpus, Split
 from rlhf_cli.errors import OutOfMemory, StageFailed, Stopped, UserError
+from rlhf_cli.hosts import HERE, slots, workers
 from rlhf_cli.plan import Plan, Step
 from rlhf_cli.recipes import Launch
 from rlhf_cli.store.files import check_writable
@@ -34,6 +35,10 @@ KINDS = {"demos": "demonstrations", "pairs": "preference pairs", "prompts": "pro
 """What rows are called."""
 GRACE_SECONDS = 10
 """How long workers have to leave after a signal before they are killed."""
+WORD_SECONDS = 10
+"""How long what another host has written may take to be seen here."""
+POLL_SECONDS = 0.5
+"""Between two looks at what another host has written."""
 
 
 def set_deadline(plans: Sequence[Plan]) -> None:
@@ -46,7 +51,12 @@ def set_deadline(plans: Sequence[Plan]) -> None:
 
 
 def execute(plan: Plan, command: str) -> Path:
-    """Builds every run of the plan that is not done yet; returns the directory of the last one."""
+    """Builds every run of the plan that is not done yet; returns the directory of the last one.
+
+    Where the same command is given on several hosts, the first of them does, and the others lend it workers.
+    """
+    if plan.recipe.launch.node_rank:
+        return _follow(plan)
     check_writable(Path(plan.recipe.paths.runs))
     if any(step.status != "done" for step in plan.steps):
         from rlhf_cli.worker import corpus_of
@@ -197,42 +207,119 @@ def _drop_resume_points(run: Run) -> None:
 
 
 def _launch(run: Run, launch: Launch) -> None:
-    """Starts the workers through DeepSpeed's launcher and sees to it that none is left behind.
+    """Starts the workers through DeepSpeed's launcher and hears what they have to say.
 
-    The launcher and its workers get a process group of their own: a signal to the launcher alone
-    would leave the workers running.
+    On several hosts the run directory must be in a folder that all of them share.
     """
     from rlhf_cli.engine import pulse
-    from rlhf_cli.engine.stop import first_signal
-    from rlhf_cli.engine.world import free_port
-    from rlhf_cli.worker import DRIVER, driver, expect, heard
+    from rlhf_cli.worker import expect, heard
 
     expect(run.log)
     pulse.forget(run.log)
-    processes = launch.processes
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner",
-        "--num_gpus", str(processes), "--master_port", str(free_port()),
-        "--no_local_rank", "--module", "rlhf_cli.worker", str(run.path.absolute()),
-    ]  # fmt: skip
-    environment = {**_environment(processes), DRIVER: driver()}
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        # Asked by a file: DeepSpeed's launcher would end its workers at once, and other hosts hear nothing.
-        with first_signal(lambda _: run.stop_request.touch(), tell=True):
-            code = child.wait()
-    finally:
-        _end(child)
+    code = _through_deepspeed(run, launch)
     if said := heard(run.log):
         raise said
-    lives = pulse.lives(run.log)
     # The launcher says 0 as well when a part of it was killed: the workers' own word counts.
-    if code != 0 or sum(life.finished for life in lives.values()) < processes:
-        how = pulse.verdict(lives, launch.timeout)
+    if code != 0 or not _all_finished(run, launch):
+        how = pulse.verdict(pulse.lives(run.log), launch.timeout)
         raise StageFailed(
             f"{run.path}: {how}; see {run.log}/rank_*, and give the same command again to go on from the last"
             " checkpoint"
         )
+
+
+def _through_deepspeed(run: Run, launch: Launch, alive: Callable[[], bool] | None = None) -> int:
+    """Starts the workers that are this host's to start, waits for them, and leaves none behind.
+
+    The launcher and its workers get a process group of their own: a signal to the launcher alone would
+    leave the workers running. alive: asked now and then whether there is anybody left to work with.
+    """
+    from rlhf_cli.engine.stop import first_signal
+    from rlhf_cli.worker import DRIVER, driver
+
+    count = slots(launch)
+    here = count[HERE] if HERE in count else max(count.values())
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", *_where(launch),
+        "--no_local_rank", "--module", "rlhf_cli.worker", str(run.path.absolute()),
+    ]  # fmt: skip
+    environment = {**_environment(here), DRIVER: driver()}
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        # Asked by a file: DeepSpeed's launcher would end its workers at once, and other hosts hear nothing.
+        with first_signal(lambda _: run.stop_request.touch(), tell=True):
+            while True:
+                try:
+                    return child.wait(timeout=None if alive is None else POLL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    if alive is not None and not alive():
+                        return -signal.SIGTERM
+    finally:
+        _end(child)
+
+
+def _where(launch: Launch) -> list[str]:
+    """The words that tell DeepSpeed's launcher which hosts there are."""
+    from rlhf_cli.engine.world import free_port
+
+    port = ["--master_port", str(launch.master_port or free_port())]
+    if launch.hostfile is None:
+        # A hostfile that happens to lie where DeepSpeed looks for one is not this run's.
+        return ["--hostfile", os.devnull, "--num_gpus", str(launch.processes), *port]
+    words = ["--hostfile", str(Path(launch.hostfile).absolute()), *port]
+    for key in ("include", "exclude", "master_addr"):
+        if value := getattr(launch, key):
+            words += [f"--{key}", value]
+    if launch.no_ssh:
+        return [*words, "--no_ssh", "--node_rank", str(launch.node_rank)]
+    return [*words, "--launcher", launch.through, "--force_multi"]
+
+
+def _all_finished(run: Run, launch: Launch) -> bool:
+    """Whether every worker has come to its end; the word of other hosts may take its time."""
+    from rlhf_cli.engine import pulse
+
+    patience = time.monotonic() + (WORD_SECONDS if len(slots(launch)) > 1 else 0)
+    while sum(life.finished for life in pulse.lives(run.log).values()) < workers(launch):
+        if time.monotonic() > patience:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def _follow(plan: Plan) -> Path:
+    """Starts this host's workers for every run of the plan that the first host builds."""
+    for step in plan.steps:
+        _join(Run(step.path), step.recipe.launch)
+    return plan.steps[-1].path
+
+
+def _join(run: Run, launch: Launch) -> None:
+    """Is there in every segment of a run until it is done. Raises what ended it otherwise."""
+    joined = 0
+    seen = time.monotonic()
+    while (status := run.status()) != "done":
+        segment = run.manifest().get("segment", 0)
+        if status == "running":
+            seen = time.monotonic()
+        if status == "running" and segment > joined:
+            joined = segment
+            _through_deepspeed(run, launch, lambda: run.status() in ("running", "done"))
+        elif status == "failed" and joined:
+            raise StageFailed(str(run.manifest()["reason"]))
+        elif status == "interrupted" and joined and time.monotonic() - seen > WORD_SECONDS:
+            if run.stop_request.exists():
+                raise Stopped(str(run.manifest()["reason"]))
+            raise StageFailed(
+                f"{run.path}: the first host has left it; give the same command again on every host to go"
+                " on from the last checkpoint"
+            )
+        elif time.monotonic() - seen > launch.timeout:
+            raise StageFailed(
+                f"{run.path}: the first host has not begun it within launch.timeout={launch.timeout} s; give"
+                " the same command there, with launch.node_rank=0"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def _environment(processes: int) -> dict[str, str]:

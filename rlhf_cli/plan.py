@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 from textwrap import fill
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from omegaconf import DictConfig
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_cli import cost, hub, shapes
+from rlhf_cli import cost, devices, hosts, hub, memory, shapes
 from rlhf_cli.config import Recipe, recipe
 from rlhf_cli.errors import UserError
 from rlhf_cli.recipes import Classifier, Model
@@ -43,6 +43,10 @@ DOING = {"missing": "build", "interrupted": "resume", "failed": "resume", "runni
 
 SCORING = ("source", "missing", "relative", "unended", "unended_adds")
 """Fields of a reward that say how an RL stage reads it; the others make the chain's own model."""
+
+
+Row: TypeAlias = tuple[str, object, str]
+"""Quantity, value, arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,7 @@ def describe(*plans: Plan) -> Group:
     for step in {step.path: step for each in plans for step in each.steps}.values():
         table.add_row(step.role, step.key, DOING.get(step.status, "done"), Text(str(step.path)))
     blocks = list(dict.fromkeys(block for each in plans for block in arithmetic(each)))
+    blocks += dict.fromkeys(said for each in plans if (said := _fits(each)))
     if total := _total(*plans):
         blocks.append(total)
     return Group(table, *(Text(f"\n{block}") for block in blocks))
@@ -265,24 +270,26 @@ def arithmetic(plan: Plan) -> Iterator[str]:
     for step in plan.steps:
         made = step.recipe
         if step.stage == "rl":
-            yield _block(f"{made.name} on {made.data.title}", *_derived(made), *_costs(step))
+            title = f"{made.name} on {made.data.title}"
+            yield _block(title, *_derived(made), *_memory(step), *_costs(step))
             continue
         part, rows = (made.sft, "demonstrations") if step.stage == "sft" else (made.reward, "pairs")
         yield _block(
             f"{step.stage} on {made.data.title}",
             ("passes", f"{part.epochs:g}", f"over the {rows}"),
             ("batch", part.batch, f"{rows} per step, over all processes"),
+            *_memory(step),
             *_costs(step),
         )
 
 
-def _derived(made: Recipe) -> Iterator[tuple[str, object, str]]:
+def _derived(made: Recipe) -> Iterator[Row]:
     """What follows from the stated totals of an RL stage: quantity, value, arithmetic."""
-    update, launch = made.algo.update, made.launch
+    update, launch, processes = made.algo.update, made.launch, hosts.workers(made.launch)
     batch, epochs, minibatches = update.batch, update.epochs, update.minibatches
     group = made.algo.sampling().responses
     rollouts = update.episodes // batch
-    share = batch // minibatches // launch.processes
+    share = batch // minibatches // processes
     most = max(1, launch.micro_batch // group) * group
     points = min(made.eval.points, rollouts)
     yield "rollouts", rollouts, f"episodes {update.episodes} / batch {batch}"
@@ -295,17 +302,107 @@ def _derived(made: Recipe) -> Iterator[tuple[str, object, str]]:
     yield (
         "responses per process",
         share,
-        f"batch {batch} / minibatches {minibatches} / processes {launch.processes}",
+        f"batch {batch} / minibatches {minibatches} / processes {processes}",
     )
     yield "micro-batches", ceil(share / most), f"of at most {most} responses"
     yield "evaluations", 1 + points, f"step 0 and {points} more, on {made.eval.prompts} prompts"
 
 
+def _memory(step: Step) -> Iterator[Row | str]:
+    """What a stage holds in each process: its fullest moment and, of models of some size, every part."""
+    launch = step.recipe.launch
+    try:
+        found = memory.of_stage(*_stage(step))
+        small = _cost(step) is None
+    except shapes.Unknown:
+        return  # as the cost says
+    phase = max(found.phases, key=found.at)
+    unit, size = ("MB", 1e6) if small else ("GB", 1e9)
+    card = devices.named(launch.gpu)
+    room = f"; {card.title} has {card.memory / size:,.0f}" if launch.gpu else ""
+    yield f"{unit} per process", _in(found.peak, size), f"at its fullest, while {phase}{room}"
+    if not small:
+        yield _table(found)
+    if found.host:
+        most = max(hosts.slots(launch).values())
+        yield (
+            f"{unit} of host memory",
+            _in(most * found.host, size),
+            f"of {most} processes on a host",
+        )
+    if found.copies:
+        told = "gathered once per rollout and evaluation, to draw and to score with"
+        if launch.gpu and found.at("copying") > card.memory:
+            told += f"; they do not fit into {card.title}, and nothing draws from shards"
+        yield f"{unit} of whole copies", _in(found.copies, size), told
+
+
+def _table(found: memory.Memory) -> str:
+    """Gigabytes of every model, in the columns that say something."""
+    columns: dict[str, list[float]] = {
+        "weights": [part.weights for part in found.parts],
+        "states": [part.states for part in found.parts],
+        **{phase: [part.adds.get(phase, 0.0) for part in found.parts] for phase in found.phases},
+        "host": [part.host for part in found.parts],
+    }
+    foot = {phase: found.at(phase) for phase in found.phases}
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    names = [part.name for part in found.parts]
+    lines = [["", *shown]]
+    for name, *cells in zip(names, *shown.values(), strict=True):
+        lines.append([name, *(_in(cell, 1e9) if cell else "" for cell in cells)])
+    lines.append(["all at its fullest", *(_in(foot[n], 1e9) if n in foot else "" for n in shown)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  " + " ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    )
+
+
+def _fits(plan: Plan) -> str | None:
+    """Under which preset a chain fits into the GPU that `launch.gpu` names."""
+    launch = plan.recipe.launch
+    if launch.gpu is None:
+        return None
+    gpu, n = devices.named(launch.gpu), hosts.workers(launch)
+    stages = [_stage(step) for step in plan.steps]
+    try:
+        found = memory.fitting(stages, gpu, n)
+        more = None if found else memory.enough(stages, gpu, n)
+    except shapes.Unknown:
+        return None
+    room = f"{gpu.memory / 1e9:,.0f} GB"
+    if found:
+        preset, peak = found
+        said = (
+            f"{preset.words(launch)} is the first preset that fits, with {_giga(peak)} of {room}."
+        )
+    elif more:
+        words = replace(launch, hostfile=None, processes=more)
+        preset, peak = memory.fitting(stages, gpu, more)  # type: ignore[misc]
+        said = (
+            f"no preset fits, but on {more} of them {preset.words(words)} does, with {_giga(peak)} of"
+            f" {room}."
+        )
+    else:
+        said = (
+            "no preset fits, nor on any number of them; lower launch.micro_batch, set"
+            " launch.checkpointing=true, train adapters (model.tuning.lora), or take another GPU or"
+            " another tool (docs/scale.md)."
+        )
+    return fill(f"on {n} x {gpu.title}: {said}", 80, break_on_hyphens=False)
+
+
+def _stage(step: Step) -> tuple[str, Recipe, bool]:
+    """What costs are asked for with."""
+    return step.stage, step.recipe, "reward" in step.parents
+
+
 def _cost(step: Step) -> cost.Cost | None:
-    return cost.of_stage(step.stage, step.recipe, "reward" in step.parents)
+    return cost.of_stage(*_stage(step))
 
 
-def _costs(step: Step) -> Iterator[tuple[str, object, str]]:
+def _costs(step: Step) -> Iterator[Row]:
     """What a stage costs, said as `_derived` says the rest; nothing of small models."""
     try:
         found = _cost(step)
@@ -314,29 +411,17 @@ def _costs(step: Step) -> Iterator[tuple[str, object, str]]:
         return
     if found is None:
         return
-    models = [
-        f"{held.name} {_giga(held.weights + held.learning)}"
-        + (f" ({_giga(held.weights)} + {_giga(held.learning)} to learn)" if held.learning else "")
-        for held in found.held
-    ]
-    moments = [f"{name} {_giga(size)}" for name, size in found.moments.items()]
     shares = [
         f"{name} {found.share(name):.0%}"
         for name in get_args(cost.Activity)
         if found.share(name) >= 0.005
     ]
-    fits = found.memory <= cost.A100.memory
-    yield (
-        "GB per process",
-        _giga(found.memory),
-        f"{', '.join(models)}; plus the largest of {', '.join(moments)}"
-        + ("" if fits else f"; more than an {cost.A100.name} has"),
-    )
     drawn = f"; {_short(found.drawn / 1e6)} drawn" if found.drawn else ""
     yield "million tokens", _short(found.learned / 1e6), f"learned from{drawn}"
     unknown = f", for every {found.rows:,} rows" if found.rows else ""
     yield "PFLOP", _short(found.flop / 1e15), f"over all processes{unknown}"
-    yield "GPU-hours", _short(found.gpu_hours), f"{cost.A100.name}{unknown}: {', '.join(shares)}"
+    card = devices.named(step.recipe.launch.gpu)
+    yield "GPU-hours", _short(found.gpu_hours), f"{card.title}{unknown}: {', '.join(shares)}"
 
 
 def _total(*plans: Plan) -> str | None:
@@ -356,7 +441,11 @@ def _total(*plans: Plan) -> str | None:
 
 
 def _giga(size: float) -> str:
-    return f"{size / 1e9:,.1f}"
+    return _in(size, 1e9)
+
+
+def _in(size: float, unit: float) -> str:
+    return f"{size / unit:,.{1 if unit == 1e9 else 0}f}"
 
 
 def _short(number: float) -> str:
@@ -364,10 +453,14 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _block(title: str, *rows: tuple[str, object, str]) -> str:
+def _block(title: str, *rows: Row | str) -> str:
     """A title and its lines; what is to be said of a number goes on below itself."""
     lines = [title]
-    for what, value, how in rows:
+    for row in rows:
+        if isinstance(row, str):
+            lines.append(row)
+            continue
+        what, value, how = row
         head = f"  {what:<22}{value!s:>7}  "
         below = " " * len(head)
         lines.append(

@@ -362,7 +362,8 @@ class Launch:
     processes: Count
     """On this host; with a hostfile, what that says of each."""
     slots: Count | None
-    """Runs of a sweep at once, each with its share of the cores or of the GPUs; null is as many as fit."""
+    """Runs of a sweep at once, each with its share of the cores or of the GPUs; null is what hydra/launcher
+    says, and by itself one after the other."""
     zero: Annotated[int, Field(ge=0, le=3)]
     """ZeRO stage: what is sharded between processes (0 nothing, 3 the weights too)."""
     offload: Literal["none", "optimizer", "all"]

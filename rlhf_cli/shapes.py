@@ -49,6 +49,8 @@ class Shape:
     """Whether the output layer is the input embedding."""
     kept: int
     """Numbers that a layer keeps of a token for its backward pass, scores of attention aside."""
+    flow: int
+    """Numbers of a token that there are at once in a pass that keeps nothing."""
     eager: bool = False
     """Whether transformers has no kernel for it that does without a matrix of scores."""
 
@@ -124,7 +126,7 @@ def neox(layers: int, width: int, heads: int, vocab: int, inner: int = 0) -> Sha
         layer=4 * width**2 + 2 * width * inner + 9 * width + inner,
         edges=8 * width + 2 * inner,
         rest=vocab * width + 2 * width, head=vocab * width, tied=False,
-        kept=18 * width,
+        kept=18 * width, flow=4 * width + 2 * inner,
     )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def gpt2(layers: int, width: int, heads: int, vocab: int, positions: int, inner:
         layer=4 * width**2 + 2 * width * inner + 9 * width + inner,
         edges=8 * width + 2 * inner,
         rest=(vocab + positions) * width + 2 * width, head=vocab * width, tied=True,
-        kept=28 * width,
+        kept=28 * width, flow=5 * width + 4 * inner,
     )  # fmt: skip
 
 
@@ -148,7 +150,7 @@ def gptj(layers: int, width: int, heads: int, vocab: int, inner: int = 0) -> Sha
         layer=4 * width**2 + 2 * width * inner + 3 * width + inner,
         edges=10 * width + 2 * inner,
         rest=vocab * width + 2 * width, head=vocab * (width + 1), tied=False,
-        kept=28 * width, eager=True,
+        kept=28 * width, flow=7 * width + 4 * inner, eager=True,
     )  # fmt: skip
 
 
@@ -175,7 +177,7 @@ def llama(
         layer=width * (2 * queries + kv + 3 * inner + 2) + extra,
         edges=7 * width + 2 * queries + kv + 3 * inner,
         rest=(vocab + 1) * width, head=vocab * width, tied=tied,
-        kept=(19 if kin == "qwen3" else 13) * width + 4 * inner,
+        kept=(19 if kin == "qwen3" else 13) * width + 4 * inner, flow=4 * width + 3 * inner,
     )  # fmt: skip
 
 
@@ -231,13 +233,17 @@ PUBLISHED: Mapping[str, Shape] = {
     "EleutherAI/gpt-j-6b": gptj(28, 4096, 16, 50400),
     # Touvron et al. 2023 (arXiv:2307.09288), Grattafiori et al. 2024 (arXiv:2407.21783)
     "meta-llama/Llama-2-7b-hf": llama(32, 4096, 32, 32, 11008, 32000),
+    "meta-llama/Llama-2-13b-hf": llama(40, 5120, 40, 40, 13824, 32000),
+    "meta-llama/Llama-2-70b-hf": llama(80, 8192, 64, 8, 28672, 32000),
     "meta-llama/Llama-3.1-8B": llama(32, 4096, 32, 8, 14336, 128256),
     "meta-llama/Llama-3.2-1B": llama(16, 2048, 32, 8, 8192, 128256, tied=True),
     "meta-llama/Llama-3.2-3B": llama(28, 3072, 24, 8, 8192, 128256, tied=True),
+    # Roziere et al. 2023 (arXiv:2308.12950)
+    "codellama/CodeLlama-34b-hf": llama(48, 8192, 64, 8, 22016, 32000),
     # Yang et al. 2024 (arXiv:2412.15115)
     "Qwen/Qwen2.5-0.5B": llama(24, 896, 14, 2, 4864, 151936, tied=True, kin="qwen2"),
     "Qwen/Qwen2.5-1.5B": llama(28, 1536, 12, 2, 8960, 151936, tied=True, kin="qwen2"),
     "Qwen/Qwen2.5-3B": llama(36, 2048, 16, 2, 11008, 151936, tied=True, kin="qwen2"),
     "Qwen/Qwen2.5-7B": llama(28, 3584, 28, 4, 18944, 152064, kin="qwen2"),
 }
-"""What `conf/model` names on the hub."""
+"""What `conf/model` names on the hub, and the larger ones of docs/scale.md."""

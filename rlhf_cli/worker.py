@@ -26,6 +26,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
+from rlhf_cli import __version__
 from rlhf_cli.config import Recipe, read, recipe
 from rlhf_cli.data.corpus import Corpus, Dataset, digest
 from rlhf_cli.engine import pulse
@@ -58,6 +59,8 @@ NO_MEMORY = (
     "could not create a primitive",
 )
 """Words of torch where it has no exception of its own."""
+JOB_TYPES = {"sft": "sft", "reward": "rm", "rl": "rl"}
+"""What W&B is told of a stage."""
 WATCH_SECONDS = 2
 """Between two looks at whether it is still there."""
 
@@ -70,6 +73,7 @@ def work(path: Path, alone: bool = True) -> None:
     run = Run(path)
     typed = recipe(read(run.config_path))
     world = start(typed.launch.timeout + SLACK_SECONDS)
+    _check_device(typed, world)
     missing = ""
     try:
         with pulse.watched(run.log, world.rank, typed.launch.timeout, alone):
@@ -80,6 +84,15 @@ def work(path: Path, alone: bool = True) -> None:
         missing = str(error).strip().partition("\n")[0] or "there is no memory left"
     if missing:  # not within the handler: the error's frames hold on to all the tensors there are
         raise OutOfMemory(missing)
+
+
+def _check_device(typed: Recipe, world: World) -> None:
+    """UserError if the device cannot compute as asked."""
+    for key, model in ("model", typed.model), ("reward.model", typed.reward.model):
+        if model.precision == "fp16" and world.device.type != "cuda":
+            raise UserError(
+                f"{key}.precision=fp16 needs a GPU, and there is none; set {key}.precision=bf16, or fp32."
+            )
 
 
 def _no_memory(error: Exception) -> bool:
@@ -163,13 +176,27 @@ def _mirror(run: Run, typed: Recipe, corpus: Corpus) -> Mirror:
     return open_mirror(
         typed.track,
         run.path,
-        name=run.label,
+        name=_name(run, typed),
         key=run.key,
         group=typed.group,
-        job_type=typed.stage,
-        tags=[corpus.title, typed.model.label, *([typed.name] if typed.stage == "rl" else [])],
+        job_type=JOB_TYPES[typed.stage],
+        tags=[
+            corpus.title,
+            typed.model.label,
+            *([typed.name] if typed.stage == "rl" else []),
+            f"rlhf-cli {__version__}",
+        ],
         config=dict(values),  # type: ignore[arg-type]
     )
+
+
+def _name(run: Run, typed: Recipe) -> str:
+    """The run's label, with the KL coefficient where it has one, by which runs of a sweep often differ."""
+    beta = getattr(typed.algo, "beta", None)
+    if typed.stage != "rl" or beta is None:
+        return run.label
+    head, _, seed = run.label.rpartition("-")
+    return f"{head}-beta{beta:g}-{seed}"
 
 
 class _Unsecret(logging.Formatter):
@@ -280,6 +307,11 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[-1])
     if DRIVER in os.environ:
         end_with_driver(os.environ[DRIVER])
+    if (
+        "OMP_NUM_THREADS" not in os.environ
+    ):  # on a host that the driver's environment does not reach
+        peers = int(os.environ.get("LOCAL_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // peers))
     try:
         work(path, alone=False)
     except (UserError, Stopped, OutOfMemory) as error:

@@ -7,8 +7,8 @@
 # what it needs, and ends with code 75. The job is then put back into the queue and goes on from there.
 # Any other code is the job's own. Options given to sbatch win over the lines below.
 #
-# One machine: launch=deepspeed starts as many processes there as launch.processes says. A run over
-# several machines would need srun here and a launcher on each; rlhf has none that was tried.
+# One machine: launch=deepspeed starts as many processes there as launch.processes says. For several there is
+# scripts/slurm_multi.sh.
 #
 #SBATCH --job-name=rlhf
 #SBATCH --nodes=1

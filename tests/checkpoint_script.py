@@ -18,13 +18,20 @@ import torch
 from rlhf_cli.engine import checkpoint, masters
 from rlhf_cli.engine.learner import Learner
 from rlhf_cli.engine.world import World, start
-from rlhf_cli.recipes import Launch, Optim
+from rlhf_cli.recipes import Optim
+from tests.world_script import a_launch
 
 OPTIM = Optim(1e-2, "linear", 0.1, (0.9, 0.95), 1e-8, 0.01, 0.5)
-CASES = [(zero, precision) for precision in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
+CASES = [
+    *((zero, precision, "none") for precision in ("fp32", "bf16") for zero in (0, 1, 2, 3)),
+    *((zero, "fp32", "optimizer") for zero in (1, 2, 3)),
+    (3, "fp32", "all"),
+]
+"""ZeRO stage, precision, what is offloaded."""
+NAMES = ["-".join(map(str, case)) for case in CASES]
 
 
-def learner(world: World, zero: int, precision: str, seed: int) -> Learner:
+def learner(world: World, zero: int, precision: str, offload: str, seed: int) -> Learner:
     """Sizes that no number of processes divides, and a part that does not learn."""
     torch.manual_seed(seed)
     module = torch.nn.Sequential(
@@ -33,7 +40,9 @@ def learner(world: World, zero: int, precision: str, seed: int) -> Learner:
     module[3].requires_grad_(False)
     if precision == "bf16":
         module = module.bfloat16()
-    launch = Launch("deepspeed", world.size, zero, 4, "auto", False, 60)
+    launch = a_launch(
+        kind="deepspeed", processes=world.size, zero=zero, offload=offload, micro_batch=4
+    )
     return Learner(module, OPTIM, 10, launch, world, precision)
 
 
@@ -63,17 +72,16 @@ def digest(learner: Learner) -> str:
 
 def main(folder: str, read: str = "") -> None:
     world, found = start(60), {}
-    for zero, precision in CASES:
-        name = f"{precision}-{zero}"
+    for case, name in zip(CASES, NAMES, strict=True):
         place = Path(read or folder) / name
         if not read:
-            gone_on = learner(world, zero, precision, seed=0)
+            gone_on = learner(world, *case, seed=0)
             go_on(gone_on, world, 3)
             checkpoint.save(place, gone_on, world, {"mean": torch.ones(2)}, {"wall": 1.5}, 2)
             found[name] = [digest(gone_on)]
             go_on(gone_on, world, 3)
             found[name].append(digest(gone_on))
-        resumed = learner(world, zero, precision, seed=1)
+        resumed = learner(world, *case, seed=1)
         kept = checkpoint.resume(place, resumed)
         assert kept is not None and kept[0]["mean"].tolist() == [1, 1] and kept[1]["wall"] == 1.5
         assert resumed.step_index == 3

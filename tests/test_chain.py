@@ -20,7 +20,7 @@ from rlhf_cli.errors import UserError
 from rlhf_cli.models.load import new_policy
 from rlhf_cli.stages.evaluate import check_start
 from rlhf_cli.store.metrics import read
-from rlhf_cli.store.run import Run
+from rlhf_cli.store.run import Run, all_runs
 
 TINY = [
     "model.scratch.layers=1", "model.scratch.width=32", "model.scratch.heads=2",
@@ -60,13 +60,12 @@ def test_a_sweep_builds_one_sft_and_one_reward_model_and_four_rl_runs(swept):
 
 
 def _stages(folder: Path) -> list[str]:
-    return [path.name for path in (folder / "runs").iterdir() if not path.name.startswith(".")]
+    return sorted({run.stage for run in all_runs(folder / "runs")})
 
 
 def test_every_run_is_whole_and_its_metrics_are_from_the_vocabulary(swept):
     folder, _ = swept
-    for path in (folder / "runs").glob("[!.]*/*"):
-        run = Run(path)
+    for run in all_runs(folder / "runs"):
         assert run.status() == "done"
         assert {"metrics.jsonl", "checkpoints/final/model.safetensors"} <= set(
             run.manifest()["outputs"]

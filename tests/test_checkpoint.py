@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 from rlhf_cli.engine import checkpoint, masters
 from rlhf_cli.engine.world import free_port, start
 from rlhf_cli.errors import UserError
-from tests.checkpoint_script import CASES, go_on, learner
+from tests.checkpoint_script import NAMES, go_on, learner
 
 SCRIPT = Path(__file__).with_name("checkpoint_script.py")
-NAMES = [f"{precision}-{zero}" for zero, precision in CASES]
 
 
 def ran(processes: int, *words: str) -> dict[str, list[str]]:
@@ -85,7 +84,7 @@ def test_a_checkpoint_is_tensors_and_json_alone(two: tuple[Path, dict[str, list[
 def saved(folder: Path) -> None:
     """Checkpoints after steps 1, 2 and 3, of which the oldest goes."""
     world = start(60)
-    one = learner(world, 0, "fp32", 0)
+    one = learner(world, 0, "fp32", "none", 0)
     for _ in range(3):
         go_on(one, world, 1)
         checkpoint.save(folder, one, world, {}, {}, keep=2)
@@ -115,7 +114,7 @@ def test_a_damaged_part_stops_a_resume_with_its_name_and_the_way_out(
     saved(tmp_path)
     newest = tmp_path / "000003"
     spoil(newest / name, how)
-    resumed = learner(start(60), 0, "fp32", 1)
+    resumed = learner(start(60), 0, "fp32", "none", 1)
     with pytest.raises(UserError) as refused:
         checkpoint.resume(tmp_path, resumed)
     found = "is missing" if how == "missing" else "is not as it was written"
@@ -137,7 +136,7 @@ def test_without_an_earlier_one_the_way_out_is_to_begin_again(
     older.rename(tmp_path / "aside")
     spoil(newest / "place.json", how)
     with pytest.raises(UserError) as refused:
-        checkpoint.resume(tmp_path, learner(start(60), 0, "fp32", 1))
+        checkpoint.resume(tmp_path, learner(start(60), 0, "fp32", "none", 1))
     assert str(refused.value) == (
         f"{newest / 'place.json'} is damaged or missing; delete {newest} to begin the run again."
     )
@@ -152,7 +151,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path)
-    one = learner(start(60), 0, "fp32", 0)
+    one = learner(start(60), 0, "fp32", "none", 0)
     checkpoint.resume(tmp_path, one)
     go_on(one, start(60), 1)
 
@@ -169,7 +168,7 @@ def test_the_first_step_is_adams_first_in_every_precision() -> None:
     """Adam's first step moves a weight by the rate, whatever wrapper made room for its moments before."""
     world = start(60)
     for precision in ("fp32", "bf16"):
-        one = learner(world, 0, precision, 0)
+        one = learner(world, 0, precision, "none", 0)
         kept = [dict(masters.gathered(one.engine, 0))]
         go_on(one, world, 1)
         kept.append(dict(masters.gathered(one.engine, 0)))

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rlhf_cli import cost
+from rlhf_cli import memory
 from rlhf_cli.config import compose
 from rlhf_cli.doctor import chain, machine, meeting, services
 from rlhf_cli.doctor.finding import Finding, picture
@@ -342,9 +342,8 @@ def test_memory_is_that_of_the_largest_stage_in_each_process(
     words = ["model=pythia_1b", f"paths.runs={tmp_path}"]
     made = plan(compose(words))
     largest = max(
-        found.memory
+        memory.of_stage(step.stage, step.recipe, "reward" in step.parents).peak
         for step in made.steps
-        if (found := cost.of_stage(step.stage, step.recipe, "reward" in step.parents))
     )
     room = one(chained(*words), "room")
     assert room.verdict == "ok" and f"about {largest / 1e9:,.1f} GB" in room.found

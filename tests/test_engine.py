@@ -27,6 +27,7 @@ from rlhf_cli.models.load import (
 )
 from rlhf_cli.models.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_cli.recipes import Launch, Model, Optim, Scratch, Tuning
+from tests.world_script import a_launch
 
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 5, 7)]
 LONGEST = 12
@@ -59,7 +60,7 @@ def optim(**changes) -> Optim:
 
 
 def launch(micro_batch: int = 8) -> Launch:
-    return Launch("inline", 1, 0, micro_batch, "auto", False, 60)
+    return a_launch(micro_batch=micro_batch)
 
 
 def drawn(policy, tokenizer, rows=range(8), prompts=PROMPTS, responses=2):

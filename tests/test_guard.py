@@ -47,13 +47,13 @@ def digest(one: Learner) -> str:
     return sha.hexdigest()
 
 
-@pytest.mark.parametrize("zero, precision", CASES)
+@pytest.mark.parametrize("zero, precision, offload", CASES)
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
 def test_a_step_whose_gradient_is_no_number_is_left_out_and_changes_nothing(
-    zero: int, precision: str, factor: float, fault: Callable[..., None]
+    zero: int, precision: str, offload: str, factor: float, fault: Callable[..., None]
 ) -> None:
     world = start(60)
-    sick, twin = (learner(world, zero, precision, 0) for _ in range(2))
+    sick, twin = (learner(world, zero, precision, offload, 0) for _ in range(2))
     assert stepped(sick, 1, 1.0)["skipped"] == stepped(twin, 1, 1.0)["skipped"] == 0
     before = digest(sick)
     assert before == digest(twin)
@@ -63,7 +63,7 @@ def test_a_step_whose_gradient_is_no_number_is_left_out_and_changes_nothing(
     twin.step_index += 1  # the schedule goes on
     assert stepped(sick, 3, 1.0)["skipped"] == stepped(twin, 3, 1.0)["skipped"] == 0
     assert digest(sick) == digest(twin) != before
-    if (zero, precision, factor) == (0, "fp32", math.nan):
+    if (zero, precision, offload, factor) == (0, "fp32", "none", math.nan):
         fault(
             "a loss or gradient that is NaN or infinite",
             "step left out, weights as before",

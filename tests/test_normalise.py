@@ -16,7 +16,7 @@ from rlhf_cli.config import compose, recipe
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.load import SCORE_OFFSET, SCORE_SCALE
 from rlhf_cli.store.metrics import read
-from rlhf_cli.store.run import Run
+from rlhf_cli.store.run import Run, all_runs
 from rlhf_cli.worker import corpus_of
 from tests.test_chain import TINY
 
@@ -96,7 +96,7 @@ def test_a_policy_that_does_not_stop_is_told_of_and_its_metrics_say_so(
 
 
 def test_evaluation_prompts_are_pinned_by_digest_whatever_the_run(runs: Path) -> None:
-    told = {json.dumps(Run(p).manifest()["data"]["evaluation"]) for p in runs.glob("[!.]*/*")}
+    told = {json.dumps(run.manifest()["data"]["evaluation"]) for run in all_runs(runs)}
     assert len(told) == 1
     pinned: dict[str, Any] = json.loads(told.pop())
     assert pinned["prompts"] == 12 and len(pinned["digest"]) == 64

@@ -23,10 +23,11 @@ from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor, Scorer, log_probs, next_logits
 from rlhf_cli.models.load import new_policy, new_reward_model, zero_head
 from rlhf_cli.models.tokenizer import train_tokenizer
-from rlhf_cli.recipes import Drawing, Launch, Model, Optim, Scratch, Tuning
+from rlhf_cli.recipes import Drawing, Model, Optim, Scratch, Tuning
 from rlhf_cli.stages.feed import Feed
 from rlhf_cli.stages.replay import Replay
 from tests.algos.cases import case
+from tests.world_script import a_launch
 
 LONGEST = 12
 ASKED = [Asked(list(range(5, 5 + n))) for n in (3, 9, 5, 7)]
@@ -269,9 +270,7 @@ def test_joining_rollouts_of_different_widths_pads_prompts_on_the_left(
 
 
 def learner(actor: Actor, world: World, **rates: float) -> Learner:
-    return Learner(
-        actor, OPTIM, 4, Launch("inline", 1, 0, 8, "auto", False, 60), world, "fp32", rates
-    )
+    return Learner(actor, OPTIM, 4, a_launch(micro_batch=8), world, "fp32", rates)
 
 
 def stepped(made: Learner, rollout: Rollout, only: str | None) -> None:
@@ -299,7 +298,7 @@ def test_a_critic_that_learns_alone_leaves_the_policy_bit_identical(
         actor,
         decays,
         4,
-        Launch("inline", 1, 0, 8, "auto", False, 60),
+        a_launch(micro_batch=8),
         world,
         "fp32",
         {"critic": 1e-2},

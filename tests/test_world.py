@@ -19,6 +19,8 @@ from tests.world_script import ALGORITHMS
 SCRIPT = Path(__file__).with_name("world_script.py")
 RELATIVE = 1e-5
 """Of the losses in fp32: sums in another order, nothing more."""
+ADAPTERS = ("0-lora", "1-lora", "2-lora", "3-lora")
+OFFLOADED = ("1-optimizer", "2-optimizer", "3-optimizer", "3-all", "3-lora-all")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,8 @@ def numbers(tmp_path_factory):
         "--master_port", str(free_port()), "--no_local_rank",
     ]  # fmt: skip
     for words in (
-        [str(SCRIPT), str(one), "0"],
-        [*launcher, str(SCRIPT), str(two), "0", "1", "2", "3"],
+        [str(SCRIPT), str(one), "0", "0-lora", *OFFLOADED],
+        [*launcher, str(SCRIPT), str(two), "0", "1", "2", "3", *ADAPTERS, *OFFLOADED],
     ):
         done = subprocess.run(
             [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=240
@@ -62,6 +64,24 @@ def test_two_processes_equal_one(numbers, algo):
 def test_every_zero_stage_equals_stage_0(numbers, algo, zero):
     _, two = numbers
     same(two[f"{algo}-0"], two[f"{algo}-{zero}"])
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters_alone_learn_the_same_in_every_zero_stage(numbers, case):
+    one, two = numbers
+    same(one["p3o_v2-0-lora"], two[f"p3o_v2-{case}"])
+
+
+@pytest.mark.parametrize("case", OFFLOADED)
+def test_what_waits_in_the_hosts_memory_learns_the_same(numbers, case):
+    whole = "p3o_v2-0-lora" if "lora" in case else "p3o_v2-0"
+    for side in numbers:
+        same(side[whole], side[f"p3o_v2-{case}"])
+
+
+def test_adapters_alone_learn_otherwise_than_all_weights(numbers):
+    one, _ = numbers
+    assert one["p3o_v2-0-lora"][-1]["loss"] != pytest.approx(one["p3o_v2-0"][-1]["loss"], rel=1e-3)
 
 
 def test_micro_batches_of_4_equal_one_of_16(numbers):

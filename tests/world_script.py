@@ -1,7 +1,8 @@
 """A miniature RL run without files: prints what each ZeRO stage makes of three rollouts.
 
-Run in one process, or by DeepSpeed's launcher in several: `python tests/world_script.py OUT [STAGE…]`.
-Rank 0 writes OUT, a JSON of {stage: [losses and gradient norms]}.
+Run in one process, or by DeepSpeed's launcher in several: `python tests/world_script.py OUT [CASE…]`, a case
+being a ZeRO stage, with -lora after it for adapters alone, and -optimizer or -all for what is offloaded.
+Rank 0 writes OUT, a JSON of {algorithm-case: [losses and gradient norms]}.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from rlhf_cli.core.algorithm import Sampling, Targets
 from rlhf_cli.engine.learner import Learner
 from rlhf_cli.engine.order import shuffled
 from rlhf_cli.engine.rollout import PLAIN, Asked, Collector, Judges
-from rlhf_cli.engine.world import start
+from rlhf_cli.engine.world import World, start
 from rlhf_cli.models.heads import Actor, Scorer
 from rlhf_cli.models.load import new_policy, new_reward_model, zero_head
 from rlhf_cli.models.tokenizer import train_tokenizer
+from rlhf_cli.models.tuning import tuned
 from rlhf_cli.recipes import Guard as GuardRule
-from rlhf_cli.recipes import Launch, Model, Optim, Scratch, Tuning, Update
+from rlhf_cli.recipes import Launch, Lora, Model, Optim, Scratch, Tuning, Update
 from rlhf_cli.stages.guard import Guard
 from rlhf_cli.stages.rl import Stream, _step
 
@@ -43,10 +45,34 @@ def shipped(name: str) -> Any:
     return replace(recipe(compose([f"algo={name}"])).algo, update=UPDATE, optim=OPTIM)
 
 
-def run(world, algo, zero: int, micro_batch: int) -> list[dict[str, float]]:
+def a_launch(**changes: Any) -> Launch:
+    """As shipped, but for some of it."""
+    return replace(recipe(compose([])).launch, timeout=60, **changes)
+
+
+def launched(case: str, world: World, micro_batch: int) -> tuple[Launch, Tuning]:
+    """What the words of a case mean."""
+    zero, *words = case.split("-")
+    lora = Lora(4, 8, ("all-linear",)) if "lora" in words else None
+    offload = next((word for word in words if word != "lora"), "none")
+    launch = a_launch(
+        kind="deepspeed",
+        processes=world.size,
+        zero=int(zero),
+        micro_batch=micro_batch,
+        offload=offload,
+    )
+    return launch, Tuning(lora, None)
+
+
+def run(world: World, algo: Any, case: str, micro_batch: int) -> list[dict[str, float]]:
     """Metrics of every optimiser step of three rollouts."""
     tokenizer = train_tokenizer(["the cat sat on the mat"], 300, 64)
-    policy, ref = new_policy(MODEL, tokenizer), new_policy(MODEL, tokenizer)
+    launch, tuning = launched(case, world, micro_batch)
+    policy, ref = (
+        tuned(new_policy(MODEL, tokenizer), tuning, "model", 1),
+        new_policy(MODEL, tokenizer),
+    )
     judge = new_reward_model(MODEL, None, tokenizer, 1)
     has_critic, has_q = (model in algo.needs for model in (Needed.CRITIC, Needed.Q))
     actor = Actor(
@@ -55,7 +81,6 @@ def run(world, algo, zero: int, micro_batch: int) -> list[dict[str, float]]:
         reward=new_reward_model(MODEL, None, tokenizer, 1) if algo.trains_reward else None,
         q=zero_head(new_policy(MODEL, tokenizer)) if has_q else None,
     )
-    launch = Launch("deepspeed", world.size, zero, micro_batch, "auto", False, 60)
     rates = {n: 3e-4 for n in ("critic", "reward", "q") if getattr(actor, n) is not None}
     learner = Learner(actor, OPTIM, 6, launch, world, "fp32", rates)
     judges = Judges(ref, Scorer(judge))
@@ -94,18 +119,18 @@ def given(prompts: list[Asked], sampling: Sampling) -> list[Asked]:
     ]
 
 
-def main(out: str, stages: list[int]) -> None:
+def main(out: str, cases: list[str]) -> None:
     world = start(60)
     rows = {
-        f"{name}-{zero}": run(world, shipped(name), zero, 4)
-        for name in ALGORITHMS
-        for zero in stages
+        f"{name}-{case}": run(world, shipped(name), case, 4)
+        for case in cases
+        for name in (ALGORITHMS if case in "0123" else ALGORITHMS[:1])
     }
-    rows["p3o_v2-0-micro-16"] = run(world, shipped("p3o_v2"), 0, 16)
+    rows["p3o_v2-0-micro-16"] = run(world, shipped("p3o_v2"), "0", 16)
     if world.is_main:
         with open(out, "w", encoding="utf-8") as file:
             json.dump(rows, file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [int(word) for word in sys.argv[2:]])
+    main(sys.argv[1], sys.argv[2:])

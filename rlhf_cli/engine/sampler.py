@@ -10,11 +10,14 @@ have. Prompts are prefilled once for all their responses; keys and values go int
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from rlhf_cli.engine import pulse
@@ -43,6 +46,35 @@ class Draw:
     """[N,L] bool, true on real tokens."""
     mask: Tensor
     """[N,T] float, 1 up to and including the end token."""
+    logp: Tensor | None = None
+    """[N,T] log-probabilities as whoever drew has them, nats, inf where nothing was drawn; None if it is the
+    trained model itself."""
+
+
+class Sampler(Protocol):
+    """Whoever draws from the policy in the trained model's place."""
+
+    @property
+    def max_gap(self) -> float:
+        """Largest mean difference between its log-probabilities and the trainer's, nats per token."""
+        ...
+
+    def holding(self, policy: PreTrainedModel) -> AbstractContextManager[None]:
+        """Has the policy's weights as they are now while it is entered; all processes enter together."""
+        ...
+
+    def draw(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: int,
+        uniform: Tensor,
+        width: int,
+        end: int,
+        pad: int,
+        temperature: float = 1.0,
+    ) -> Draw:
+        """As `draw` below, from the weights it holds; `uniform` may only seed it."""
+        ...
 
 
 def uniforms(seed: int, stream: str, step: int, rows: Sequence[int], count: int) -> Tensor:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.engine.world import World
+if TYPE_CHECKING:  # who only listens for signals needs no DeepSpeed
+    from rlhf_cli.engine.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what schedulers are told to send ahead of time."""

@@ -30,7 +30,7 @@ from rlhf_cli.models.tokenizer import load_tokenizer
 from rlhf_cli.recipes import Model, Scratch
 from rlhf_cli.trust import refuse_code
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCORE_OFFSET, SCORE_SCALE = "rlhf_score_offset", "rlhf_score_scale"
 """Names under which a reward model's config.json keeps its calibration."""
 

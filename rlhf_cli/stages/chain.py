@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.config import Recipe
 from rlhf_cli.data.corpus import Corpus
+from rlhf_cli.engine import vllm
 from rlhf_cli.engine.rollout import Collector, Judges
+from rlhf_cli.engine.sampler import Sampler
 from rlhf_cli.engine.world import World
 from rlhf_cli.models.checks import check_scores
 from rlhf_cli.models.heads import Scorer
@@ -67,6 +69,14 @@ class Chain:
         if corpus.task is None:
             written = opened(recipe.reward.parts, corpus.gold, str(device))
         return Judges(ref, reward, guide, recipe.reward.learned, written)
+
+    def sampler(self) -> Sampler | None:
+        """Who draws from the policy as it learns; None is the policy itself."""
+        chosen, data = self.recipe.sampler, self.recipe.data
+        if chosen.kind == "native":
+            return None
+        longest = data.max_prompt_tokens + data.max_response_tokens
+        return vllm.sampler(chosen, self.world, self.finals["sft"], self.tokenizer, longest)
 
     def collector(self, judges: Judges, **more: Any) -> Collector:
         """Draws and scores as the recipe says; more: fields of the collector that it does not."""

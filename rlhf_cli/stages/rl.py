@@ -82,7 +82,7 @@ def main(ctx: Context) -> None:
         asked = main_feed.batch(prompts_each, index)
         extra: list[Stream] = []
         with learner.whole() as actor:
-            drawn, seconds = collector.collect(actor, asked, sampling, "train", index)  # type: ignore[arg-type]
+            drawn, told = collector.collect(actor, asked, sampling, "train", index)  # type: ignore[arg-type]
             if side.responses:
                 rows = side_feed.batch(prompts_each, index)
                 read, _ = beside.collect(actor, rows, side, "side", index)  # type: ignore[arg-type]
@@ -109,11 +109,11 @@ def main(ctx: Context) -> None:
         row |= {
             "episodes": (index + 1) * update.batch,
             "perf/step_seconds": learned - began,
-            "perf/generate_seconds": seconds["generate"],
-            "perf/score_seconds": seconds["score"],
+            **told,
             "perf/learn_seconds": learned - ready,
-            "perf/generated_tokens_per_second": float(drawn.mask.sum()) / seconds["generate"],
         }
+        tokens = float(drawn.mask.sum())
+        row["perf/generated_tokens_per_second"] = tokens / row["perf/generate_seconds"]
         if index + 1 in due:
             _evaluate(ctx, evaluator, learner, learner.step_index, row)
             ctx.save(learner, kept())
@@ -158,6 +158,7 @@ def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
     guide = chain.policy("guide").to(device) if Model.GUIDE in algo.needs else None
     collector = chain.collector(
         chain.judges(ref, guide),
+        sampler=chain.sampler(),
         learned_reward=algo.trains_reward,
         soft_beta=algo.beta if has_q else None,  # type: ignore[attr-defined]
     )

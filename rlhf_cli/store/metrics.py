@@ -92,6 +92,9 @@ VOCABULARY: dict[str, Metric] = {
     "train/log_ratio": Metric("nats", "|log pi - log pi_old| of a response: how stale it is"),
     "train/grad_norm": Metric("norm", "L2 norm of the whole gradient before clipping"),
     "train/lr": Metric("rate", "learning rate of the step's last update"),
+    "sampler/gap": Metric(
+        "nats", "|log pi of the sampler - the trainer's| of a token, where another program draws"
+    ),
     "guard/skipped": Metric("count", "updates left out so far, their gradient being no number"),
     "guard/rate": Metric("share", "of the learning rates' schedule, after backing off"),
     "budget/prompts": Metric("count", "prompts asked for learning so far"),

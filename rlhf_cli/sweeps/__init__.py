@@ -1,0 +1,1 @@
+"""Sweeps: many runs by one command, what was asked of them, how far they came, and who carries them out."""
