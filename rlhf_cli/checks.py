@@ -104,9 +104,31 @@ def _launch(recipe: Recipe) -> Iterator[str]:
             f"launch.gpu={launch.gpu} is not in the list of GPUs; set launch.gpu to one of"
             f" {', '.join(GPUS)}."
         )
+    if recipe.stage == "rl":
+        yield from _placement(recipe)
     yield from _hosts(launch)
     if launch.ds_config is not None:
         yield from ds_config.faults(launch, recipe.model.precision)
+
+
+def _placement(recipe: Recipe) -> Iterator[str]:
+    """Models that are not whole in every process cannot be asked by each when it pleases."""
+    launch = recipe.launch
+    # By value: naming the enum itself would import torch before an algorithm is even chosen.
+    needs_q = "q" in {need.value for need in recipe.algo.needs}
+    if launch.gather == "layers" and launch.zero < 3:
+        yield "launch.gather=layers needs weights that are sharded; set launch.zero=3."
+    if recipe.data.pays and (launch.gather == "layers" or launch.frozen == "sharded"):
+        key = "gather" if launch.gather == "layers" else "frozen"
+        yield (
+            f"launch.{key}={getattr(launch, key)} makes all processes draw in step, which dialogues of"
+            f" several turns (data={recipe.data.title}) do not; set launch.{key}=whole."
+        )
+    if launch.frozen == "host" and needs_q:
+        yield (
+            f"launch.frozen=host, but algo={recipe.name} asks the reference while it learns; set"
+            " launch.frozen=whole or sharded."
+        )
 
 
 def _hosts(launch: Launch) -> Iterator[str]:

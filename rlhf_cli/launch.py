@@ -265,7 +265,11 @@ def _where(launch: Launch) -> list[str]:
     port = ["--master_port", str(launch.master_port or free_port())]
     if launch.hostfile is None:
         # A hostfile that happens to lie where DeepSpeed looks for one is not this run's.
-        return ["--hostfile", os.devnull, "--num_gpus", str(launch.processes), *port]
+        alone = ["--hostfile", os.devnull, *port]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # DeepSpeed would pass over it
+            chosen = ",".join(visible.split(",")[: launch.processes])
+            return [*alone, "--include", f"{HERE}:{chosen}"]
+        return [*alone, "--num_gpus", str(launch.processes)]
     words = ["--hostfile", str(Path(launch.hostfile).absolute()), *port]
     for key in ("include", "exclude", "master_addr"):
         if value := getattr(launch, key):

@@ -151,7 +151,7 @@ def plan(node: DictConfig) -> Plan:
             rollout=asdict(made.rollout),
             eval=asdict(made.eval),
             **_scoring(made),
-            **({"sampler": asdict(made.sampler)} if made.sampler.kind != "native" else {}),
+            **({"sampler": made.sampler.kind} if made.sampler.kind != "native" else {}),
             **({"guard": asdict(made.guard)} if made.guard.action == "back_off" else {}),
         )
     return Plan(tuple(steps.values()))

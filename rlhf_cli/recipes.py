@@ -369,6 +369,12 @@ class Launch:
     offload: Literal["none", "optimizer", "all"]
     """What of the model that learns waits in the host's memory: AdamW's masters and moments (from ZeRO 1 on),
     or under ZeRO 3 the weights too."""
+    gather: Literal["whole", "layers"]
+    """Under ZeRO 3: whether drawing and scoring have a whole copy of the weights, gathered before each
+    rollout, or gather every layer whenever it is asked, which is many times slower."""
+    frozen: Literal["whole", "host", "sharded"]
+    """Where models that do not learn (reference, reward model, guide) are: whole in every process; in the
+    host's memory while they are not asked; or sharded over the processes, layer by layer gathered."""
     micro_batch: Count
     """Most responses (or rows) per forward pass and process."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]

@@ -35,7 +35,7 @@ ROOMS: dict[str, str] = {
     "rewards": "models remote",
     "judges": "remote store",
     "store": "",
-    "engine": "core models remote store",
+    "engine": "core ds_config models remote store",
     "evals": "core store",
     "figures": "complaints judges store evals",
     "track": "store",
@@ -44,6 +44,7 @@ ROOMS: dict[str, str] = {
     "config": "checks complaints core data store",
     "shapes": "hub store",
     "devices": "",
+    "ds_config": "",
     "hosts": "",
     "cost": "devices hosts shapes",
     "memory": "cost devices hosts",
@@ -62,7 +63,7 @@ ROOMS: dict[str, str] = {
     "doctor": "config cost data devices hosts hub memory models plan shapes store track words",
     "remeasure": "config data engine models stages store tools worker",
     "worker": "config core data engine stages store track",
-    "launch": "config data engine plan store worker",
+    "launch": "config data engine hosts plan store worker",
     "cli": "campaign catalogue complaints config doctor evals figures gallery "
     "launch listing plan remeasure report resume store sweeps tools words",
 }
@@ -101,6 +102,7 @@ LIBRARIES: dict[str, str] = {
     "config": "hydra omegaconf pydantic yaml",
     "shapes": "",
     "devices": "",
+    "ds_config": "",
     "hosts": "",
     "cost": "",
     "memory": "",

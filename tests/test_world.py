@@ -20,6 +20,7 @@ SCRIPT = Path(__file__).with_name("world_script.py")
 RELATIVE = 1e-5
 """Of the losses in fp32: sums in another order, nothing more."""
 ADAPTERS = ("0-lora", "1-lora", "2-lora", "3-lora")
+PLACED = ("3-layers", "3-layers-sharded", "2-sharded", "0-host", "2-lora-sharded")
 OFFLOADED = ("1-optimizer", "2-optimizer", "3-optimizer", "3-all", "3-lora-all")
 
 
@@ -35,8 +36,8 @@ def numbers(tmp_path_factory):
         "--master_port", str(free_port()), "--no_local_rank",
     ]  # fmt: skip
     for words in (
-        [str(SCRIPT), str(one), "0", "0-lora", *OFFLOADED],
-        [*launcher, str(SCRIPT), str(two), "0", "1", "2", "3", *ADAPTERS, *OFFLOADED],
+        [str(SCRIPT), str(one), "0", "0-lora", *OFFLOADED, *PLACED],
+        [*launcher, str(SCRIPT), str(two), "0", "1", "2", "3", *ADAPTERS, *OFFLOADED, *PLACED],
     ):
         done = subprocess.run(
             [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=240
@@ -70,6 +71,13 @@ def test_every_zero_stage_equals_stage_0(numbers, algo, zero):
 def test_adapters_alone_learn_the_same_in_every_zero_stage(numbers, case):
     one, two = numbers
     same(one["p3o_v2-0-lora"], two[f"p3o_v2-{case}"])
+
+
+@pytest.mark.parametrize("case", PLACED)
+def test_models_that_are_gathered_layer_by_layer_say_the_same(numbers, case):
+    whole = "p3o_v2-0-lora" if "lora" in case else "p3o_v2-0"
+    for side in numbers:
+        same(side[whole], side[f"p3o_v2-{case}"])
 
 
 @pytest.mark.parametrize("case", OFFLOADED)

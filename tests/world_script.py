@@ -1,7 +1,8 @@
 """A miniature RL run without files: prints what each ZeRO stage makes of three rollouts.
 
 Run in one process, or by DeepSpeed's launcher in several: `python tests/world_script.py OUT [CASE…]`, a case
-being a ZeRO stage, with -lora after it for adapters alone, and -optimizer or -all for what is offloaded.
+being a ZeRO stage and words after it: lora for adapters alone, optimizer or all for what is offloaded, layers for
+a policy that is gathered layer by layer, sharded or host for where frozen models are.
 Rank 0 writes OUT, a JSON of {algorithm-case: [losses and gradient norms]}.
 """
 
@@ -20,6 +21,7 @@ from rlhf_cli.core.algorithm import Model as Needed
 from rlhf_cli.core.algorithm import Sampling, Targets
 from rlhf_cli.engine.learner import Learner
 from rlhf_cli.engine.order import shuffled
+from rlhf_cli.engine.placement import in_step, placed
 from rlhf_cli.engine.rollout import PLAIN, Asked, Collector, Judges
 from rlhf_cli.engine.world import World, start
 from rlhf_cli.models.heads import Actor, Scorer
@@ -54,14 +56,15 @@ def launched(case: str, world: World, micro_batch: int) -> tuple[Launch, Tuning]
     """What the words of a case mean."""
     zero, *words = case.split("-")
     lora = Lora(4, 8, ("all-linear",)) if "lora" in words else None
-    offload = next((word for word in words if word != "lora"), "none")
+
+    def among(choices: tuple[str, ...], otherwise: str) -> str:
+        return next((word for word in words if word in choices), otherwise)
+
     launch = a_launch(
-        kind="deepspeed",
-        processes=world.size,
-        zero=int(zero),
-        micro_batch=micro_batch,
-        offload=offload,
-    )
+        kind="deepspeed", processes=world.size, zero=int(zero), micro_batch=micro_batch,
+        offload=among(("optimizer", "all"), "none"), gather=among(("layers",), "whole"),
+        frozen=among(("sharded", "host"), "whole"),
+    )  # fmt: skip
     return launch, Tuning(lora, None)
 
 
@@ -83,10 +86,11 @@ def run(world: World, algo: Any, case: str, micro_batch: int) -> list[dict[str, 
     )
     rates = {n: 3e-4 for n in ("critic", "reward", "q") if getattr(actor, n) is not None}
     learner = Learner(actor, OPTIM, 6, launch, world, "fp32", rates)
-    judges = Judges(ref, Scorer(judge))
+    ref, scorer = placed(ref, launch, world), placed(Scorer(judge), launch, world)
     collector = Collector(
-        world, tokenizer, judges, micro_batch, 12, 1, soft_beta=0.1 if has_q else None
-    )
+        world, tokenizer, Judges(ref, scorer), micro_batch, 12, 1,
+        soft_beta=0.1 if has_q else None, together=world.size > 1 and in_step(launch),
+    )  # fmt: skip
     ctx = SimpleNamespace(
         recipe=SimpleNamespace(algo=algo, launch=launch, rollout=PLAIN),
         world=world,

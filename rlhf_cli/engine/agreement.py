@@ -21,10 +21,10 @@ from rlhf_cli.models.heads import Actor, next_logits, taken
 
 PROMPTS = 8
 """Of each process: some hundred tokens, a second or two of a large model."""
-MISSED = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+MISSED = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 """How far, in probability and on average, the random number of a token may lie outside the token's interval.
 Measured of a trained nano model: 0 and 2.5e-6; drawn at a temperature of 0.9 for 1, 1.3e-3 and 2e-3."""
-APART = {torch.float32: 1e-3, torch.bfloat16: 0.03}
+APART = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.03}
 """How far the two log-probabilities of a token may be apart on average, nats. Measured: 7e-8 and 9e-4; at a
 temperature of 0.9 for 1, 0.05."""
 

@@ -62,6 +62,8 @@ class Learner:
                 if isinstance(model, PreTrainedModel):
                     model.gradient_checkpointing_enable({"use_reentrant": False})
         self._copy = copy.deepcopy(module) if launch.zero == 3 else None
+        if self._copy is not None and launch.gather == "layers":
+            self._copy.cpu()
         groups = _groups(module, optim.lr, rates or {})
         self._names, self._peaks = ["", *(rates or {})], [group["lr"] for group in groups]
         # A rate of 0 until `step` sets it: some wrappers take a step on no gradient to make room.
@@ -174,18 +176,21 @@ class Learner:
         return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
 
     @contextmanager
-    def whole(self) -> Iterator[nn.Module]:
-        """The module with all of its weights in every process, for sampling, scoring and saving.
+    def whole(self, to_save: bool = False) -> Iterator[nn.Module]:
+        """The module as it can be drawn from and asked, or with `to_save` be written to a disk.
 
-        Under ZeRO 3 the weights are gathered once into a copy instead of layer by layer per token.
+        Under ZeRO 3 the weights are gathered into a copy, one after the other, unless `launch.gather` says
+        that each layer is to be gathered when it is its turn: then the module itself is handed out, and the
+        copy, in the host's memory, is for the disk alone.
         """
-        if self._copy is None:
+        if self._copy is None or (self.launch.gather == "layers" and not to_save):
             yield self.engine.module.eval()
             return
         shards = dict(self.engine.module.named_parameters())
-        with deepspeed.zero.GatheredParameters(list(shards.values())), torch.no_grad():
+        with torch.no_grad():
             for name, parameter in self._copy.named_parameters():
-                parameter.copy_(shards[name])
+                with deepspeed.zero.GatheredParameters([shards[name]]):
+                    parameter.copy_(shards[name])
         yield self._copy.eval()
 
 

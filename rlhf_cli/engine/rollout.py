@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.core.algorithm import Sampling
 from rlhf_cli.core.rollout import Rollout, Source, ended
 from rlhf_cli.engine.dialogue import Line, Partner, converse
 from rlhf_cli.engine.forward import Rows, per_row, per_token
+from rlhf_cli.engine.placement import present
 from rlhf_cli.engine.sampler import Draw, Expert, Sampler, draw, left_pad, uniforms
 from rlhf_cli.engine.world import World
 from rlhf_cli.errors import UserError
@@ -38,6 +39,11 @@ class Judges:
     """What a unit of the reward model counts beside what is said of the texts."""
     texts: Callable[[Sequence[str], Sequence[str]], list[float]] | None = None
     """Scores prompts and responses as texts; NaN is a score that is missing."""
+
+    def present(self, device: torch.device) -> AbstractContextManager[None]:
+        """While those of them that wait in the host's memory can be asked."""
+        models = (self.ref, self.reward, self.guide)
+        return present([m for m in models if isinstance(m, nn.Module)], device)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class Collector:
     """Coefficient of the entropy in the soft values of a Q network; None without one."""
     sampler: Sampler | None = None
     """Who draws from the policy; None is the trained model itself."""
+    together: bool = False
+    """Whether some model's layers are gathered from all processes, so that these must draw in step."""
 
     def collect(
         self, actor: Actor, asked: Sequence[Asked], sampling: Sampling, stream: str, step: int
@@ -96,16 +104,21 @@ class Collector:
         # The last uniforms of each row are its coin and its noise.
         uniform = uniforms(self.seed, stream, step, rows, self.max_response_tokens + 2)
         width = max(len(each.prompt) for each in asked)
-        with self._weights(actor, sampling):
+        asks_ref = bool(sampling.ref or sampling.mixture)
+        with (
+            self._weights(actor, sampling),
+            self.judges.present(self.world.device) if asks_ref else nullcontext(),
+        ):
             told, *answers = self._answers(actor, asked[mine], sampling, uniform, width)
         tokens, attention, mask, *paid = answers
         drew = time.perf_counter()
-        said = self._ask(actor, tokens, attention, mask)
-        gap = self._gap(told, said["logp_old"])
-        if paid:
-            said |= {"reward": paid[0], "score": paid[0].sum(-1)}
-        elif (score := self._score(actor, asked[mine], tokens, attention, mask)) is not None:
-            said["score"] = score - self._start(actor, asked[mine], width, group)
+        with self.judges.present(self.world.device):
+            said = self._ask(actor, tokens, attention, mask)
+            gap = self._gap(told, said["logp_old"])
+            if paid:
+                said |= {"reward": paid[0], "score": paid[0].sum(-1)}
+            elif (score := self._score(actor, asked[mine], tokens, attention, mask)) is not None:
+                said["score"] = score - self._start(actor, asked[mine], width, group)
         said["coin"] = uniform[:, -2].to(self.world.device)
         if "score" in said and self.drawing.noise > 0:
             normal = torch.special.ndtri(uniform[:, -1].clamp(1e-6, 1 - 1e-6).double()).float()
@@ -201,7 +214,10 @@ class Collector:
         """What `ask` says, from the sampler if it has what is drawn from: the policy and nothing else."""
         if self.sampler is not None and source in ("policy", "greedy"):
             return self.sampler.draw(*ask)
-        return draw(experts, *ask)
+        return draw(experts, *ask, all_ended=self._all_ended if self.together else None)
+
+    def _all_ended(self, here: bool) -> bool:
+        return self.world.sum({"drawing": float(not here)})["drawing"] == 0
 
     def _dialogues(
         self,

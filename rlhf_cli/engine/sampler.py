@@ -9,7 +9,7 @@ have. Prompts are prefilled once for all their responses; keys and values go int
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -97,7 +97,6 @@ def left_pad(prompts: Sequence[Sequence[int]], width: int, pad: int) -> tuple[Te
     return tokens, attention
 
 
-@torch.inference_mode()
 def draw(
     experts: Sequence[Expert],
     prompts: Sequence[Sequence[int]],
@@ -107,12 +106,32 @@ def draw(
     end: int,
     pad: int,
     temperature: float = 1.0,
+    all_ended: Callable[[bool], bool] | None = None,
 ) -> Draw:
     """Draws `responses` continuations of each prompt; row p*responses + g is response g to prompt p.
 
     uniform: [P*responses, T], T the most tokens of a response; width: columns given to prompts.
-    temperature 0 takes the likeliest token each time.
+    temperature 0 takes the likeliest token each time. all_ended: from whether all is drawn here to whether
+    it is everywhere, for models whose layers are gathered from all processes, none of which may stop before
+    the others.
     """
+    # What is gathered layer by layer is needed by autograd afterwards.
+    with torch.inference_mode() if all_ended is None else torch.no_grad():
+        asked = (experts, prompts, responses, uniform, width, end, pad, temperature)
+        return _drawn(*asked, all_ended or bool)
+
+
+def _drawn(
+    experts: Sequence[Expert],
+    prompts: Sequence[Sequence[int]],
+    responses: int,
+    uniform: Tensor,
+    width: int,
+    end: int,
+    pad: int,
+    temperature: float,
+    all_ended: Callable[[bool], bool],
+) -> Draw:
     device = experts[0].model.device
     rows, longest = uniform.shape
     tokens = torch.full((rows, width + longest), pad, device=device)
@@ -142,10 +161,12 @@ def draw(
         tokens[alive, column] = chosen
         attention[alive, column] = True
         ended = ended | (chosen == end)
-        if t + 1 == longest or ended.all():
+        if t + 1 == longest or all_ended(bool(ended.all())):
             break
         if ended.float().mean() >= DROP_SHARE:
             keep = (~ended).nonzero().squeeze(-1)
+            if len(keep) == 0:  # others draw on, and this process with them
+                keep = alive.new_zeros(1)
             for each in cache:
                 each.select(keep)
             alive, chosen, ended = alive[keep], chosen[keep], ended[keep]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_cli.config import Recipe
 from rlhf_cli.data.corpus import Corpus
 from rlhf_cli.engine import vllm
+from rlhf_cli.engine.placement import in_step, placed
 from rlhf_cli.engine.rollout import Collector, Judges
 from rlhf_cli.engine.sampler import Sampler
 from rlhf_cli.engine.world import World
@@ -65,6 +66,7 @@ class Chain:
         if reward is not None:
             texts = (demo.prompt + demo.response for demo in corpus.heldout.demos)
             check_scores(reward, self.tokenizer, texts)
+            reward = placed(reward, recipe.launch, self.world)
         written = None
         if corpus.task is None:
             written = opened(recipe.reward.parts, corpus.gold, str(device))
@@ -93,5 +95,6 @@ class Chain:
             missing=recipe.reward.missing,
             drawing=recipe.rollout,
             partner=self.corpus.task,
+            together=self.world.size > 1 and in_step(recipe.launch),
             **more,
         )

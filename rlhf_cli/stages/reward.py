@@ -98,11 +98,15 @@ def main(ctx: Context) -> None:
     with learner.whole() as whole:
         trained = cast(Scorer, whole)
         mean, scale = _calibration(ctx, trained, tokenizer)
-        trained.model.config.update({SCORE_OFFSET: mean, SCORE_SCALE: scale})
+        calibrated = {SCORE_OFFSET: mean, SCORE_SCALE: scale}
+        trained.model.config.update(calibrated)
         worth = _report(ctx, trained, rows, heldout, pad, scale)
+    with learner.whole(to_save=True) as whole:
+        model = cast(Scorer, whole).model
+        model.config.update(calibrated)
         if ctx.world.is_main:
             atomic_write(ctx.run.report_path, json.dumps(asdict(worth), indent=2) + "\n")
-            checkpoint.save_final(ctx.run.final, trained.model, tokenizer, model_card(ctx))
+            checkpoint.save_final(ctx.run.final, model, tokenizer, model_card(ctx))
             figure.write(worth, ctx.run.path.name, ctx.run.report_path.with_suffix(""))
 
 

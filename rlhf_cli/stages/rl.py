@@ -27,6 +27,7 @@ from rlhf_cli.engine.agreement import check_drawing
 from rlhf_cli.engine.forward import Rows, in_parts, longest
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import shuffled
+from rlhf_cli.engine.placement import placed
 from rlhf_cli.engine.rollout import Collector
 from rlhf_cli.evals.health import alarms
 from rlhf_cli.models.heads import Actor, next_logits
@@ -119,7 +120,7 @@ def main(ctx: Context) -> None:
             ctx.save(learner, kept())
         else:
             ctx.report(learner.step_index, row, _note("train", row))
-    with learner.whole() as actor:
+    with learner.whole(to_save=True) as actor:
         if ctx.world.is_main:
             checkpoint.save_final(ctx.run.final, actor.policy, collector.tokenizer, model_card(ctx))
 
@@ -135,7 +136,7 @@ class Stream:
 
 def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
     """Loads what the algorithm needs: policy, reference, reward model, critic, guide, Q network."""
-    recipe, algo, chain, device = ctx.recipe, ctx.recipe.algo, ctx.chain, ctx.world.device
+    recipe, algo, chain = ctx.recipe, ctx.recipe.algo, ctx.chain
 
     def learning() -> PreTrainedModel:
         return tuned(chain.scorer(), recipe.reward.model.tuning, "reward.model", recipe.seed)
@@ -154,8 +155,9 @@ def _models(ctx: Context, steps: int) -> tuple[Collector, Learner]:
     # Every algorithm has a reference: the KL of the evaluation is measured against it. Shards of
     # ZeRO 3 cannot serve as one.
     shared = recipe.model.tuning.lora is not None and recipe.launch.zero < 3
-    ref = WithoutAdapters(actor.policy) if shared else chain.policy().to(device)
-    guide = chain.policy("guide").to(device) if Model.GUIDE in algo.needs else None
+    launch, world = recipe.launch, ctx.world
+    ref = WithoutAdapters(actor.policy) if shared else placed(chain.policy(), launch, world)
+    guide = placed(chain.policy("guide"), launch, world) if Model.GUIDE in algo.needs else None
     collector = chain.collector(
         chain.judges(ref, guide),
         sampler=chain.sampler(),

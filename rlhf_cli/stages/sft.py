@@ -75,7 +75,7 @@ def main(ctx: Context) -> None:
         ctx, learner, len(rows), recipe.batch, recipe.seed, collate, judge,
         lambda mask: denominators(mask.unsqueeze(1)), evaluate,
     )  # fmt: skip
-    with learner.whole() as actor:
+    with learner.whole(to_save=True) as actor:
         if ctx.world.is_main:
             card = model_card(ctx)
             checkpoint.save_final(ctx.run.final, actor.policy, tokenizer, card)

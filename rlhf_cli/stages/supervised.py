@@ -16,6 +16,7 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine.forward import Rows, in_parts, longest
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import batch_at
+from rlhf_cli.engine.placement import in_step
 from rlhf_cli.engine.rollout import Asked, Collector, Judges
 from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor
@@ -112,7 +113,10 @@ def responses(
     """A response to each prompt, but for the last few that cannot be dealt out evenly to processes."""
     data, size = ctx.recipe.data, ctx.world.size
     micro_batch, longest = ctx.recipe.launch.micro_batch, data.max_response_tokens
-    collector = Collector(ctx.world, tokenizer, judges, micro_batch, longest, seed)
+    together = size > 1 and in_step(ctx.recipe.launch)
+    collector = Collector(
+        ctx.world, tokenizer, judges, micro_batch, longest, seed, together=together
+    )
     even = prompts[: len(prompts) // size * size]
     asked = [Asked(ids) for ids in Encoder.of(tokenizer, data).prompts(even)]
     return collector.collect(actor, asked, Sampling(policy=1), stream, 0)[0]
