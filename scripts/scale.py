@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 
 from rlhf_cli import memory
 from rlhf_cli.config import Recipe, compose, recipe
@@ -22,6 +22,8 @@ from rlhf_cli.recipes import Model, Scratch
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
 SLOTS = 8
 """GPUs of a host."""
+HOSTS = TemporaryDirectory(prefix="hosts-")
+"""Of hostfiles, by the number of GPUs."""
 ACTIVITIES: tuple[Activity, ...] = ("drawing", "scoring", "learning", "talking")
 
 
@@ -44,9 +46,9 @@ def on(made: Recipe, gpu: str, count: int, preset: Preset) -> Recipe:
     made = replace(made, launch=replace(made.launch, gpu=gpu))
     if count <= SLOTS:
         return made
-    with NamedTemporaryFile("w", prefix="hosts", delete=False) as file:
-        file.writelines(f"host-{rank} slots={SLOTS}\n" for rank in range(count // SLOTS))
-    return replace(made, launch=replace(made.launch, hostfile=file.name))
+    file = Path(HOSTS.name) / f"{count}"
+    file.write_text("".join(f"host-{rank} slots={SLOTS}\n" for rank in range(count // SLOTS)))
+    return replace(made, launch=replace(made.launch, hostfile=str(file)))
 
 
 def rollout(made: Recipe) -> tuple[dict[str, float], float]:

@@ -1,8 +1,8 @@
 """A miniature RL run without files: prints what each ZeRO stage makes of three rollouts.
 
 Run in one process, or by DeepSpeed's launcher in several: `python tests/world_script.py OUT [CASE…]`, a case
-being a ZeRO stage and words after it: lora for adapters alone, optimizer or all for what is offloaded, layers for
-a policy that is gathered layer by layer, sharded or host for where frozen models are.
+being a ZeRO stage and words after it: lora for adapters alone, optimizer or all for what is offloaded, layers
+for a policy that is gathered layer by layer, sharded or host for where frozen models are.
 Rank 0 writes OUT, a JSON of {algorithm-case: [losses and gradient norms]}.
 """
 
