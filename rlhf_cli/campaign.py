@@ -6,6 +6,7 @@ interrupted, or of which a part failed, goes on when it is given again.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -62,6 +63,10 @@ class Campaign:
     done: set[str] = field(default_factory=set)
     failures: dict[str, Failure] = field(default_factory=dict)
     began: dict[str, float] = field(default_factory=dict)
+    until: float = math.inf
+    """By when all has to have ended, on the clock of `time.perf_counter`."""
+    spent: float = 0.0
+    """Seconds, over all that is done."""
 
     def run(self) -> None:
         """Build what can be built. An interrupt ends the children before it is passed on."""
@@ -77,7 +82,10 @@ class Campaign:
             _stop(self.children.values())
 
     def _begin(self, waiting: Sequence[Task]) -> list[Task]:
-        """Start what may start; returns what has to wait on."""
+        """Start what may start; returns what has to wait on, which is nothing once it is too late."""
+        mean = self.spent / max(len(self.done), 1)
+        if time.perf_counter() + mean > self.until:
+            return []
         left = []
         for task in waiting:
             key = task.step.key
@@ -104,6 +112,7 @@ class Campaign:
         seconds = time.perf_counter() - self.began[key]
         if code == 0:
             self.done.add(key)
+            self.spent += seconds
             said = f"done {len(self.done)} of {len(self.tasks)}: {path} ({seconds:.0f} s)"
         else:
             self.failures[key] = Failure(path, _last_line(Run(path)))
@@ -134,12 +143,16 @@ class Campaign:
         bar.update(bar.task_ids[0], completed=done + failed, description=said)
 
 
-def run(plans: Mapping[str, Plan], slots: int, console: Console) -> list[Failure]:
+def run(
+    plans: Mapping[str, Plan], slots: int, console: Console, hours: float | None = None
+) -> list[Failure]:
     """Build every run of the plans that is not done, up to `slots` at once; returns what failed.
 
-    plans: by the command that makes each. A failure keeps nothing waiting but what starts from it.
+    plans: by the command that makes each, the first ones first. A failure keeps nothing waiting but what
+    starts from it. hours: no run is begun that would end later, going by those that have ended.
     """
-    campaign = Campaign(tasks(plans), slots, console)
+    until = math.inf if hours is None else time.perf_counter() + 3600 * hours
+    campaign = Campaign(tasks(plans), slots, console, until=until)
     campaign.run()
     return list(campaign.failures.values())
 
