@@ -14,8 +14,8 @@ demo: install ## train the default chain on CPU and draw its frontier (about 5 m
 fig-%: install ## draw one figure of a paper, fig-p3o-hh; RUN=1 makes the runs it lacks
 	$(BIN)/rlhf figure $(subst -,_,$*) $(if $(RUN),--run)
 
-figures: install ## make what is missing of all figures' runs (hours), then draw them
-	$(BIN)/rlhf figure all --run
+figures: install ## make runs that figures lack, for 3 hours at most, and draw all that can be; again to go on
+	$(BIN)/rlhf figure all --run --hours 3
 
 test: install ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -7,6 +7,7 @@ this machine, or a scheduler.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -147,6 +148,10 @@ class Campaign:
     """Keys of runs that were asked to stop, and go on when they are given again."""
     began: dict[str, float] = field(default_factory=dict)
     stopping: bool = False
+    until: float = math.inf
+    """By when all has to have ended, on the clock of `time.perf_counter`."""
+    spent: float = 0.0
+    """Seconds, over all that is done."""
 
     def run(self) -> None:
         """Build what can be built; the first signal asks the children to stop, the second one ends them."""
@@ -168,7 +173,10 @@ class Campaign:
         self.crew.ask(self.children)
 
     def _begin(self, waiting: Sequence[Task]) -> list[Task]:
-        """Start what may start; returns what has to wait on."""
+        """Start what may start; returns what has to wait on, which is nothing once it is too late."""
+        mean = self.spent / max(len(self.done), 1)
+        if time.perf_counter() + mean > self.until:
+            return []
         left, unwanted = [], self.unwanted()
         for task in waiting:
             key = task.step.key
@@ -201,6 +209,7 @@ class Campaign:
         seconds = time.perf_counter() - self.began[key]
         if code == 0:
             self.done.add(key)
+            self.spent += seconds
             said = f"done {len(self.done)} of {len(self.tasks)}: {path} ({seconds:.0f} s)"
         elif code == GO_ON or self.stopping:  # some had not begun to listen
             self.stopped.add(key)
@@ -240,13 +249,18 @@ class Campaign:
         bar.update(bar.task_ids[0], completed=done + failed, description=said)
 
 
-def run(plans: Mapping[str, Plan], slots: int, console: Console) -> list[Failure]:
+def run(
+    plans: Mapping[str, Plan], slots: int, console: Console, hours: float | None = None
+) -> list[Failure]:
     """Build every run of the plans that is not done, up to `slots` at once; returns what failed.
 
-    plans: by the command that makes each. A failure keeps nothing waiting but what starts from it.
+    plans: by the command that makes each, the first ones first. A failure keeps nothing waiting but what
+    starts from it. hours: no run is begun that would end later, going by those that have ended.
     Raises Stopped if that was asked for.
     """
-    campaign = Campaign(tasks(plans), Slots(slots, visible_devices()), console)
+    until = math.inf if hours is None else time.perf_counter() + 3600 * hours
+    crew = Slots(slots, visible_devices())
+    campaign = Campaign(tasks(plans), crew, console, until=until)
     campaign.run()
     if campaign.stopping:
         raise Stopped(f"{len(campaign.done)} of {len(campaign.tasks)} runs are done; {AGAIN}")

@@ -312,6 +312,10 @@ def figure(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Runs at once: as many as there are cores by default."),
     ] = None,
+    hours: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="Begin no run that would take longer; say what that leaves out."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the files.")] = Path("figures"),
 ) -> None:
     """Draw a figure of a paper and say whether its claim holds; without a name, list them."""
@@ -326,7 +330,7 @@ def figure(
     if run:
         wanted = gallery.commands(gallery.together(shown))
         with _interruptible():
-            failures = campaign.run(wanted, slots or campaign.cores(), _console())
+            failures = campaign.run(wanted, slots or campaign.cores(), _console(), hours)
         shown = gallery.exhibits(words)
     for each in shown:
         if each.missing:
@@ -341,6 +345,9 @@ def figure(
         print("\n".join(f"  {one.path}: {_told(one.reason)}" for one in failures), file=sys.stderr)
         raise typer.Exit(1)
     if incomplete := [each for each in shown if each.missing]:
+        if run and hours is not None:
+            _say(gallery.left_out(incomplete))
+            return
         for line in dict.fromkeys(line for each in incomplete for line in gallery.sweeps(each)):
             print(line)
         raise gallery.refusal(incomplete)

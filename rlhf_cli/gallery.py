@@ -139,8 +139,9 @@ def commands(jobs: Iterable[Job]) -> dict[str, Plan]:
 
 
 def together(shown: Iterable[Exhibit]) -> list[Job]:
-    """The runs of several figures that are missing, each once."""
-    return _distinct(job for exhibit in shown for job in exhibit.missing)
+    """The runs of several figures that are missing, each once: first those of figures that lack least."""
+    lacking = sorted(shown, key=lambda exhibit: len(exhibit.missing))
+    return _distinct(job for exhibit in lacking for job in exhibit.missing)
 
 
 def sweeps(exhibit: Exhibit) -> list[str]:
@@ -158,6 +159,12 @@ def refusal(incomplete: Sequence[Exhibit]) -> UserError:
     return UserError(
         f"{missing} of the {wanted} runs of {name} are missing; `{command} --run` makes them."
     )
+
+
+def left_out(incomplete: Sequence[Exhibit]) -> str:
+    """What there was no time for."""
+    named = ", ".join(f"{each.spec.name} ({len(each.missing)} runs)" for each in incomplete)
+    return f"left out for want of time: {named}; the same command goes on with them."
 
 
 def prepare(exhibit: Exhibit) -> None:

@@ -130,6 +130,18 @@ def test_a_failure_keeps_only_what_starts_from_it_from_being_built(
     assert text.getvalue().count("done ") == 3  # SFT on both data, and DPO
 
 
+def test_no_run_begins_that_would_end_after_its_time(
+    plans: dict[str, Plan], children: Children
+) -> None:
+    """Half a second each, one after the other, and 1.2 s for all: the third would end at 1.5 s."""
+    children("time.sleep(0.5)")
+    console, text = quiet()
+    assert campaign.run(plans, 1, console, hours=1.2 / 3600) == []
+    assert text.getvalue().count("done ") in (1, 2)  # 1 where Python itself starts slowly
+    assert campaign.run(plans, 1, console, hours=0.0) == []
+    assert text.getvalue().count("done ") in (1, 2)
+
+
 def test_an_interrupt_ends_the_children(
     plans: dict[str, Plan], children: Children, monkeypatch: pytest.MonkeyPatch
 ) -> None:

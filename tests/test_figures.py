@@ -142,6 +142,18 @@ def test_missing_runs_are_counted_after_the_commands_that_make_them(rlhf: Any) -
     )
 
 
+def test_figures_that_lack_least_come_first_and_those_left_out_are_named(
+    rlhf: Any, store: Path
+) -> None:
+    (more,), (fewer,) = (gallery.exhibits([name]) for name in ("etpo", "ppomax_collapse"))
+    assert (len(more.jobs), len(fewer.jobs)) == (6, 4)
+    found = [job.run.key for job in gallery.together([more, fewer])]
+    assert found == [job.run.key for job in [*fewer.jobs, *more.jobs]]
+    code, out, _ = rlhf("figure", "etpo", "--run", "--hours", "0")
+    assert code == 0
+    assert out == ["left out for want of time: etpo (6 runs); the same command goes on with them."]
+
+
 def test_words_beside_the_name_are_part_of_every_command(rlhf: Any) -> None:
     code, lines, err = rlhf("figure", "etpo", "scale=paper", "launch=deepspeed")
     assert (code, lines) == (

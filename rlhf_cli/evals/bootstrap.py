@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
@@ -32,6 +32,7 @@ import numpy as np
 from scipy import stats
 
 from rlhf_cli.evals.curves import Curve, Floats, Means, means
+from rlhf_cli.evals.statistics import mean_and_se
 
 ROUNDS = 2000
 LEVEL = 0.95
@@ -59,6 +60,22 @@ class Interval:
         if self.se == 0:
             return float(self.value == 0)
         return 2 * float(stats.t.sf(abs(self.value) / self.se, self.df))
+
+    def moved(self, sign: int, by: float) -> Interval:
+        """Of sign times the number, plus `by`; sign: 1 or -1."""
+        low, high = sorted((sign * self.low + by, sign * self.high + by))
+        return replace(self, value=sign * self.value + by, low=low, high=high)
+
+
+def of_mean(values: Sequence[float], seeds: int) -> Interval:
+    """The mean of independent values and the range that Student's t gives it; nan with fewer than two.
+
+    seeds: runs behind them.
+    """
+    mean, se = mean_and_se(values)
+    df = len(values) - 1
+    half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * se
+    return Interval(mean, mean - half, mean + half, se, df, seeds)
 
 
 def interval(

@@ -20,12 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass as typed
-from scipy import stats
 
 from rlhf_cli.errors import UserError
-from rlhf_cli.evals.bootstrap import LEVEL, Interval, intervals
+from rlhf_cli.evals.bootstrap import intervals, of_mean
 from rlhf_cli.evals.curves import Curve, Floats, Means, curves, mean_of_known
-from rlhf_cli.evals.statistics import mean_and_se
 from rlhf_cli.evals.table import check_comparable
 from rlhf_cli.figures.claims import Part, judge
 from rlhf_cli.figures.result import Result
@@ -197,20 +195,14 @@ def _levels(
         found = intervals(lambda m: mean_of_known(getattr(m[0], name), axis=-2), [curve])
         return [(one.value, one.low, one.high) for one in found]
     table = [[row.get(metric, nan) for row in at] for at in zip(*ledgers, strict=True)]
-    return [_over_seeds(values) for values in table]
+    levels = (of_mean(values, len(values)) for values in table)
+    return [(one.value, one.low, one.high) for one in levels]
 
 
 def _wins(curve: Curve) -> Curve:
     """Instead of gold rewards, whether each is above the same prompt's at the start; 1/2 if it is equal."""
     paths = [replace(p, gold=(1 + np.sign(p.gold - p.gold[0])) / 2) for p in curve.paths]
     return replace(curve, paths=tuple(paths))
-
-
-def _over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the range of 95% that t gives it."""
-    mean, se = mean_and_se(values)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * se
-    return mean, mean - half, mean + half
 
 
 def _parts(claim: Claim, gathered: Mapping[str, Sequence[Curve]]) -> Iterator[Part]:
@@ -256,13 +248,8 @@ def _difference(claim: Claim, groups: Sequence[Sequence[Curve]], where: str) -> 
     if claim.within is None:
         yield Part(said, found)
         return
-    yield Part(f"{said}, above -{claim.within:g} by", _moved(found, 1, claim.within))
-    yield Part(f"{said}, below {claim.within:g} by", _moved(found, -1, claim.within))
-
-
-def _moved(one: Interval, sign: int, by: float) -> Interval:
-    ends = sorted((sign * one.low + by, sign * one.high + by))
-    return replace(one, value=sign * one.value + by, low=ends[0], high=ends[1])
+    yield Part(f"{said}, above -{claim.within:g} by", found.moved(1, claim.within))
+    yield Part(f"{said}, below {claim.within:g} by", found.moved(-1, claim.within))
 
 
 def _at(term: Term, claim: Claim) -> At:

@@ -9,20 +9,17 @@ that of McNemar's comparison, which what both know does not enter.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import TypeAdapter
-from scipy import stats
 
 from rlhf_cli.errors import UserError
-from rlhf_cli.evals.bootstrap import LEVEL, Interval
+from rlhf_cli.evals.bootstrap import Interval, of_mean
 from rlhf_cli.evals.reward_report import Accuracy, Report
 from rlhf_cli.figures.claims import Part, judge
 from rlhf_cli.figures.result import Result
@@ -83,11 +80,7 @@ def _counts(accuracy: Accuracy) -> tuple[tuple[float, int], ...]:
 
 def _mean_of(counted: Sequence[tuple[float, int]]) -> Interval:
     """Mean of values that occur so often, with Student's interval over them."""
-    values = np.repeat([value for value, _ in counted], [count for _, count in counted])
-    n = len(values)
-    mean, se = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * se
-    return Interval(mean, mean - half, mean + half, se, n - 1, seeds=1)
+    return of_mean([value for value, count in counted for _ in range(count)], seeds=1)
 
 
 def _model(name: str, run: Run) -> Model:

@@ -8,8 +8,7 @@ about the last stretch, and judged over seeds by Student's t.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 from matplotlib import rc_context
@@ -17,11 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import Field
 from pydantic.dataclasses import dataclass as typed
-from scipy import stats
 
 from rlhf_cli.errors import UserError
-from rlhf_cli.evals.bootstrap import LEVEL, Interval
-from rlhf_cli.evals.statistics import mean_and_se
+from rlhf_cli.evals.bootstrap import Interval, of_mean
 from rlhf_cli.figures.claims import Part, judge
 from rlhf_cli.figures.result import Result
 from rlhf_cli.figures.spec import Spec
@@ -61,51 +58,41 @@ class Options:
     claims: Annotated[tuple[Claim, ...], Field(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Mark:
-    """One line of one plot at the end of one stretch."""
-
-    panel: str
-    metric: str
-    step: float
-    value: float
-    low: float
-    """Of 95% over seeds; nan with one."""
-    high: float
-    seeds: int
+Trace: TypeAlias = Sequence[tuple[float, Interval]]
+"""Of each stretch its last step, and the mean over seeds."""
 
 
 def draw(panels: Mapping[str, Sequence[Run]], spec: Spec) -> Result:
     """A plot per panel. Raises UserError for a panel of several settings and for a metric no run has."""
     options = spec.typed(Options)
-    marks = {
-        (name, metric): _marks(name, runs, metric, options.stretches)
+    traces = {
+        (name, metric): _trace(name, runs, metric, options.stretches)
         for name, runs in panels.items()
         for metric in options.metrics
     }
-    verdict, reason = judge([_part(claim, marks) for claim in options.claims])
-    figure = _figure(spec.title, options, list(panels), marks)
-    rows = [asdict(mark) for found in marks.values() for mark in found]
+    verdict, reason = judge([_part(claim, traces) for claim in options.claims])
+    figure = _figure(spec.title, options, list(panels), traces)
+    rows = [
+        {"panel": panel, "metric": metric, "step": step, "value": one.value}
+        | {"low": one.low, "high": one.high, "seeds": one.seeds}
+        for (panel, metric), trace in traces.items()
+        for step, one in trace
+    ]
     return Result(figure, rows, verdict, reason)
 
 
-def _marks(panel: str, runs: Sequence[Run], metric: str, stretches: int) -> list[Mark]:
+def _trace(panel: str, runs: Sequence[Run], metric: str, stretches: int) -> Trace:
     seeds = [run.manifest()["seed"] for run in runs]
     if len(set(seeds)) < len(seeds):
         raise UserError(
             f"the panel '{panel}' has two runs of one seed; give every setting a panel of its own."
         )
-    traces = [_stretched(run, metric, stretches) for run in runs]
-    found = []
-    for steps, values in zip(
-        *(np.array(part).T for part in zip(*traces, strict=True)), strict=True
-    ):
-        mean, se = mean_and_se(values.tolist())
-        half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * se
-        found.append(
-            Mark(panel, metric, float(steps.mean()), mean, mean - half, mean + half, len(values))
-        )
-    return found
+    cut = [_stretched(run, metric, stretches) for run in runs]
+    steps, values = (np.array(part).T for part in zip(*cut, strict=True))
+    return [
+        (float(last.mean()), of_mean(level.tolist(), len(level)))
+        for last, level in zip(steps, values, strict=True)
+    ]
 
 
 def _stretched(run: Run, metric: str, stretches: int) -> tuple[list[float], list[float]]:
@@ -125,29 +112,25 @@ def _stretched(run: Run, metric: str, stretches: int) -> tuple[list[float], list
     )
 
 
-def _part(claim: Claim, marks: Mapping[tuple[str, str], Sequence[Mark]]) -> Part:
-    found = marks.get((claim.panel, claim.metric))
+def _part(claim: Claim, traces: Mapping[tuple[str, str], Trace]) -> Part:
+    found = traces.get((claim.panel, claim.metric))
     if not found:
-        there = "; ".join(f"{metric} in '{panel}'" for panel, metric in marks)
+        there = "; ".join(f"{metric} in '{panel}'" for panel, metric in traces)
         raise UserError(
             f"options.claims names {claim.metric} in '{claim.panel}', which is not drawn; choose among"
             f" {there}."
         )
-    end, sign = found[-1], 1 if claim.lies == "above" else -1
-    value = sign * (end.value - claim.of)
-    half = end.high - end.value
-    df = end.seeds - 1
-    se = half / float(stats.t.ppf((1 + LEVEL) / 2, df))
+    sign = 1 if claim.lies == "above" else -1
     name = NAMES.get(claim.metric, claim.metric)
     said = f"{claim.panel}, {name}, how far {claim.lies} {claim.of:g} at the end"
-    return Part(said, Interval(value, value - half, value + half, se, df, end.seeds))
+    return Part(said, found[-1][1].moved(sign, -sign * claim.of))
 
 
 def _figure(
     title: str,
     options: Options,
     panels: Sequence[str],
-    marks: Mapping[tuple[str, str], Sequence[Mark]],
+    traces: Mapping[tuple[str, str], Trace],
 ) -> Figure:
     with rc_context(RC):
         size = (max(PANEL[0], 2.6 * len(panels)), PANEL[1])
@@ -155,7 +138,7 @@ def _figure(
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False).ravel()
         for axes, panel in zip(grid, panels, strict=True):
             for place, metric in enumerate(options.metrics):
-                _plot(axes, marks[panel, metric], place)
+                _plot(axes, metric, traces[panel, metric], place)
             axes.axhline(0, color="black", linewidth=0.6)
             axes.set_title(panel, loc="left", fontsize=8)
             axes.set_xlabel("optimiser steps")
@@ -170,18 +153,10 @@ def _figure(
     return figure
 
 
-def _plot(axes: Axes, marks: Sequence[Mark], place: int) -> None:
+def _plot(axes: Axes, metric: str, trace: Trace, place: int) -> None:
     colour = shade(COLOURS[place % len(COLOURS)], place // len(COLOURS))
-    steps = [mark.step for mark in marks]
-    name = NAMES.get(marks[0].metric, marks[0].metric)
-    axes.plot(
-        steps, [mark.value for mark in marks], LINES[place % len(LINES)], color=colour, label=name
-    )
-    axes.fill_between(
-        steps,
-        [m.low for m in marks],
-        [m.high for m in marks],
-        color=colour,
-        alpha=0.15,
-        linewidth=0,
-    )
+    line, name = LINES[place % len(LINES)], NAMES.get(metric, metric)
+    steps, levels = [step for step, _ in trace], [one for _, one in trace]
+    axes.plot(steps, [one.value for one in levels], line, color=colour, label=name)
+    low, high = [one.low for one in levels], [one.high for one in levels]
+    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
