@@ -105,13 +105,13 @@ def _launch(recipe: Recipe) -> Iterator[str]:
             f" {', '.join(GPUS)}."
         )
     if recipe.stage == "rl":
-        yield from _placement(recipe)
+        yield from placement(recipe)
     yield from _hosts(launch)
     if launch.ds_config is not None:
         yield from ds_config.faults(launch, recipe.model.precision)
 
 
-def _placement(recipe: Recipe) -> Iterator[str]:
+def placement(recipe: Recipe) -> Iterator[str]:
     """Models that are not whole in every process cannot be asked by each when it pleases."""
     launch = recipe.launch
     # By value: naming the enum itself would import torch before an algorithm is even chosen.

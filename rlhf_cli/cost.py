@@ -15,6 +15,7 @@ What memory it takes is in `rlhf_cli.memory`.
     and the weights it changes,          ZeRO 2: (m + 1) N                   arXiv:1910.02054, section 7;
     in m micro-batches                   ZeRO 3: 3 m N                       2 and 3 reduce m times)
     a whole copy under ZeRO 3            N numbers, once per rollout and evaluation
+    a model in shards                    N numbers, at every pass and every token that is drawn
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ token of 32 layers, whatever their width."""
 BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 FROZEN = {"reference", "reward model", "guide", "classifier"}
 """What stands beside the learner."""
+SFT = "SFT policy"
+"""What a reward model's scale is measured with."""
+JUDGES = {*FROZEN, SFT} - {"classifier"}
+"""What `launch.frozen` places, where it does not learn."""
 SMALL = 10_000_000
 """Parameters below which nobody needs a GPU."""
 SAMPLE = 10_000
@@ -150,7 +155,7 @@ def rollout_flop(made: Recipe, scored: bool, prompt: float, reply: float) -> flo
     """
     desk = Desk(made, prompt, reply)
     nets = desk.cast(scored)
-    drawn = [desk.draw(each) for each in desk.draws(nets, 1, 0)]
+    drawn = [work for each in desk.draws(nets, 1, 0) for work in desk.draw(each)]
     return sum(work.flop for work in [*drawn, *desk.passes(nets, 1, 0)])
 
 
@@ -207,7 +212,7 @@ class Desk:
         return Cost(
             works=(
                 self.learn(policy, seen, self.length),
-                self.read(policy, evaluated, self.length),
+                *self.read(policy, evaluated, self.length),
                 *self.talk([policy], seen / part.batch, part.batch),
             ),
             learned=seen * self.length,
@@ -225,8 +230,8 @@ class Desk:
         return Cost(
             works=(
                 self.learn(scorer, 2 * seen, 0),
-                self.read(scorer, 2 * evaluated + part.calibration, 0),
-                self.draw(self.calibration()),
+                *self.read(scorer, 2 * evaluated + part.calibration, 0),
+                *self.draw(self.calibration()),
                 *self.talk([scorer], seen / part.batch, 2 * part.batch),
             ),
             learned=2 * seen * self.length,
@@ -246,7 +251,7 @@ class Desk:
         steps = rollouts * update.epochs * update.minibatches
         return Cost(
             works=(
-                *(self.draw(each) for each in draws),
+                *(work for each in draws for work in self.draw(each)),
                 *self.passes(nets, rollouts, evaluations),
                 *self.talk(
                     actors, steps, rows / steps, rollouts + evaluations, algo.sampling().responses
@@ -259,7 +264,7 @@ class Desk:
     def calibration(self) -> Draw:
         """What a reward model's scale is measured on."""
         count = self.made.reward.calibration
-        return Draw([self.net("policy", self.made.model)], count, count)
+        return Draw([self.net(SFT, self.made.model)], count, count)
 
     def evaluation(self, policy: Net, times: int = 1) -> Draw:
         """What an evaluation is made of."""
@@ -294,7 +299,11 @@ class Desk:
         asked = self.asked(nets, given, rollouts * update.batch, evaluations * made.eval.prompts)
         learners = [net for name, net in nets.items() if name not in FROZEN and net.learned]
         return [
-            *(self.read(nets[name], rows, self.reply) for name, rows in asked.items()),
+            *(
+                work
+                for name, rows in asked.items()
+                for work in self.read(nets[name], rows, self.reply)
+            ),
             *(self.learn(net, given * update.epochs, self.reply) for net in learners),
         ]
 
@@ -363,9 +372,26 @@ class Desk:
         limit = max(1, self.made.launch.micro_batch // group) * group
         return min(limit, max(group, rows // self.processes))
 
-    def read(self, net: Net, rows: float, out: float) -> Work:
-        """A pass over given rows."""
-        return self.work("scoring", net, net.forward(rows, self.length, out))
+    def read(self, net: Net, rows: float, out: float) -> list[Work]:
+        """A pass over given rows, and the gathering of what it is in shards of."""
+        scoring = self.work("scoring", net, net.forward(rows, self.length, out))
+        times = ceil(rows / self.processes / self.made.launch.micro_batch)
+        return [scoring, *self.gathering(net, times)]
+
+    def in_shards(self, net: Net) -> bool:
+        """Whether a model's layers are gathered whenever they are called without learning."""
+        launch = self.made.launch
+        if net.learned or net.name not in {*FROZEN, SFT}:
+            return launch.zero == 3 and launch.gather == "layers"
+        return launch.frozen == "sharded" and net.name in JUDGES
+
+    def gathering(self, net: Net, times: float) -> list[Work]:
+        """The time it takes to gather a model in shards so often; none of one that is whole."""
+        n = self.processes
+        sent = times * net.parameters * BYTES[net.precision] * (n - 1) / n
+        if not sent or not self.in_shards(net):
+            return []
+        return [Work("talking", 0.0, n * sent / (self.reach * STREAM))]
 
     def learn(self, net: Net, rows: float, out: float) -> Work:
         """A pass over given rows, its gradients, and the pass that checkpointing repeats."""
@@ -377,8 +403,8 @@ class Desk:
         """So much arithmetic of one model on given texts."""
         return Work(activity, flop, flop / (self.gpu.flops(net.precision) * BUSY))
 
-    def draw(self, each: Draw) -> Work:
-        """The work of drawing, all rows of a process at once."""
+    def draw(self, each: Draw) -> list[Work]:
+        """The work of drawing, all rows of a process at once, and of gathering what is in shards."""
         n, prompt, gpu = self.processes, self.prompt, self.gpu
         flop = seconds = 0.0
         mine, middle = each.rows / n, prompt + self.reply / 2
@@ -392,7 +418,9 @@ class Desk:
             step = max(read / (gpu.bandwidth * STREAM), token / rate, one.layers * LAUNCH)
             flop += filling + self.reply * token
             seconds += filling / rate + self.reply * step
-        return Work("drawing", each.times * n * flop, each.times * n * seconds)
+        drawing = Work("drawing", each.times * n * flop, each.times * n * seconds)
+        steps = each.times * (1 + self.reply)
+        return [drawing, *(work for net in each.experts for work in self.gathering(net, steps))]
 
     def talk(
         self, nets: Sequence[Net], steps: float, rows: float, copies: float = 0, group: int = 1
@@ -415,7 +443,7 @@ class Desk:
             told = {2: (parts + 1) * learned, 3: parts * (2 * whole + learned)}.get(
                 zero, 2 * learned
             )
-            gathered = copies * whole if zero == 3 else 0.0
+            gathered = copies * whole if zero == 3 and not self.in_shards(net) else 0.0
             total += (steps * told + gathered) * BYTES[net.precision]
         return total * (n - 1) / n
 

@@ -69,8 +69,10 @@ def merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]
     both = dict(ours)
     for key, value in theirs.items():
         known = both.get(key)
-        nested = isinstance(known, Mapping) and isinstance(value, Mapping)
-        both[key] = merged(known, value) if nested else value
+        if isinstance(known, Mapping) and isinstance(value, Mapping):
+            both[key] = merged(known, value)
+        else:
+            both[key] = value
     return both
 
 

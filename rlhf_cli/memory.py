@@ -9,11 +9,12 @@ arXiv:1910.02054):
                     ZeRO 1 on; in the host's memory with launch.offload, gradients in fp32 beside them
     gradients       as large as the weights that learn; a p-th from ZeRO 2 on, and a bucket to add them up in
 
-Models that only answer stand whole in every process. Under ZeRO 3 the weights of those that learn are
-gathered into a whole copy before every rollout and evaluation, never layer by layer for every token.
+Models that only answer are where `launch.frozen` says: whole in every process, in the host's memory until
+they are asked, or a p-th in each. Under ZeRO 3 the weights of those that learn are gathered into a whole copy
+before every rollout and evaluation; with `launch.gather=layers` the first process alone has that copy, in the
+host's memory, and layers are gathered one after another whenever they are called.
 
     drawing         keys and values of all responses of a process, and the distribution of the next token
-    copying         all weights at once while the copy is being filled (ZeRO 3)
     scoring         one model's pass over a micro-batch
     learning        what every layer keeps of a micro-batch for the backward pass, gradients, and logits or
                     what one layer has at once, whichever is more
@@ -23,18 +24,19 @@ gathered into a whole copy before every rollout and evaluation, never layer by l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from rlhf_cli import hosts
-from rlhf_cli.cost import BYTES, FROZEN, Desk, Draw, Net
+from rlhf_cli.checks import placement
+from rlhf_cli.cost import BYTES, FROZEN, JUDGES, Desk, Draw, Net
 from rlhf_cli.devices import GPU
 from rlhf_cli.recipes import Launch, Vllm
 
 if TYPE_CHECKING:
     from rlhf_cli.config import Recipe
 
-Phase = Literal["drawing", "copying", "scoring", "learning", "stepping"]
+Phase = Literal["drawing", "scoring", "learning", "stepping"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 ADAM, MASTER, GRADIENT, SCRATCH = 8, 4, 4, 4
@@ -43,9 +45,10 @@ LOGIT = 12
 """Bytes a logit of a backward pass: its log-softmax and two gradients, all fp32."""
 READ: Mapping[int, int] = {4: 8, 2: 10}
 """Bytes a logit where nothing is kept, by bytes of a number: over the temperature, fp32, its log-softmax."""
-BUCKET, LIVE = 5e8, 1e9
-"""DeepSpeed's own settings: numbers of the bucket in which gradients are added up (`reduce_bucket_size`), and
-most weights that ZeRO 3 has gathered at one time while it learns (`stage3_max_live_parameters`)."""
+BUCKET, LIVE, AHEAD = 5e8, 1e9, 5e7
+"""DeepSpeed's own settings: numbers of the bucket in which gradients are added up (`reduce_bucket_size`),
+most weights that ZeRO 3 has gathered at one time while it learns (`stage3_max_live_parameters`), and those
+that it gathers ahead of their use (`stage3_prefetch_bucket_size`)."""
 MOST = 4096
 """Processes beyond which nobody is told to go."""
 
@@ -60,8 +63,12 @@ class Part:
     """Of the optimiser: there all the time, as weights are."""
     adds: Mapping[Phase, float] = field(default_factory=dict)
     """What it takes beside these in a phase."""
+    visits: float = 0.0
+    """Weights that are there only while models are asked."""
     host: float = 0.0
     """In the host's memory."""
+    host_once: float = 0.0
+    """In the memory of the first host, by the first process alone."""
 
     @property
     def always(self) -> float:
@@ -83,21 +90,23 @@ class Memory:
     def at(self, phase: Phase) -> float:
         """Bytes at the fullest moment of a phase. Models score one after another, and learn together."""
         added = [part.adds.get(phase, 0.0) for part in self.parts]
-        return sum(part.always for part in self.parts) + (max if phase == "scoring" else sum)(added)
+        always = sum(part.always for part in self.parts)
+        if phase == "scoring":
+            return always + sum(part.visits for part in self.parts) + max(added)
+        return always + sum(added)
 
     @property
     def peak(self) -> float:
         """Bytes at the fullest moment of all."""
         return max(self.at(phase) for phase in self.phases)
 
-    @property
-    def host(self) -> float:
-        """Bytes in the host's memory."""
-        return sum(part.host for part in self.parts)
+    def host(self, processes: int) -> float:
+        """Bytes in the memory of the first host, which has so many processes."""
+        return sum(processes * part.host + part.host_once for part in self.parts)
 
     @property
     def copies(self) -> float:
-        """Bytes of the whole copies that ZeRO 3 gathers; 0 where nothing is sharded."""
+        """Bytes of the whole copies that ZeRO 3 gathers on the device; 0 where it gathers none."""
         return sum(part.weights for part in self.parts if part.name == COPIES)
 
 
@@ -138,8 +147,9 @@ class Hold:
         scorer = desk.net("reward model", made.reward.model, learns=True, head=False)
         rows, draw = desk.most(2 * made.reward.batch, 2), desk.calibration()
         found = self._memory([scorer], [], [draw], rows, 0, 0)
-        drawing = {"drawing": _weights(draw.experts[0]) + self._drawn(draw)["policy"]}
-        return Memory((*found.parts, Part("policy", adds=drawing)))
+        (policy,), (drawing,) = draw.experts, self._drawn(draw).values()
+        there = _weights(policy) / (desk.processes if self.launch.frozen == "sharded" else 1)
+        return Memory((*found.parts, Part(policy.name, adds={"drawing": there + drawing})))
 
     def rl(self, scored: bool) -> Memory:
         """All models of an RL stage."""
@@ -164,11 +174,12 @@ class Hold:
         read: float,
     ) -> Memory:
         """All parts; rows: of a micro-batch; logits, read: formed of each to learn and to score."""
-        drawn = max((self._drawn(draw) for draw in draws), key=lambda found: sum(found.values()))
+        held = (self._drawn(draw, frozen) for draw in draws)
+        drawn = max(held, key=lambda found: sum(found.values()))
         total = sum(net.parameters for net in actors)
         parts = []
         for net in actors:
-            adds: dict[Phase, float] = {"scoring": self._pass(net, read)}
+            adds: dict[Phase, float] = {"scoring": self._pass(net, read) + self._layers(net)}
             if net.name in drawn:
                 adds["drawing"] = drawn[net.name]
             if net.learned:
@@ -177,15 +188,31 @@ class Hold:
             parts.append(self._learner(net, adds))
         if self.launch.zero == 3:
             whole = sum(_weights(net) for net in actors)
-            parts.append(Part(COPIES, whole, adds={"copying": whole}))
-        shared = self.desk.made.model.tuning.lora is not None and self.launch.zero < 3
-        for net in frozen:
-            weights = 0.0 if shared and net.name == "reference" else _weights(net)
-            answers: dict[Phase, float] = {"scoring": self._pass(net, read)}
-            if net.name in drawn:
-                answers["drawing"] = drawn[net.name]
-            parts.append(Part(net.name, weights, adds=answers))
+            on_host = self.launch.gather == "layers"
+            parts.append(Part(COPIES, host_once=whole) if on_host else Part(COPIES, whole))
+        parts += [self._frozen(net, read, drawn.get(net.name, 0.0)) for net in frozen]
         return Memory(tuple(parts))
+
+    def _frozen(self, net: Net, read: float, drawing: float) -> Part:
+        """A model that only answers, where the launch puts it; drawing: what it takes while there is any."""
+        launch = self.launch
+        shared = self.desk.made.model.tuning.lora is not None and launch.zero < 3
+        weights = 0.0 if shared and net.name == "reference" else _weights(net)
+        adds: dict[Phase, float] = {"scoring": self._pass(net, read) + self._layers(net)}
+        if drawing:
+            adds["drawing"] = drawing
+        if launch.frozen == "sharded" and net.name in JUDGES:
+            return Part(net.name, weights / self.desk.processes, adds=adds)
+        if launch.frozen == "host" and net.name in JUDGES:
+            return Part(net.name, adds=adds, visits=weights, host=weights)
+        return Part(net.name, weights, adds=adds)
+
+    def _layers(self, net: Net) -> float:
+        """What a pass has gathered at once of a model in shards, its largest layer and those ahead of it."""
+        if not self.desk.in_shards(net):
+            return 0.0
+        largest = max(net.shape.layer, net.shape.head)
+        return min(net.parameters, largest + AHEAD) * BYTES[net.precision]
 
     def _learner(self, net: Net, adds: Mapping[Phase, float]) -> Part:
         """A model of the learner: its weights and the optimiser's states, where the launch puts them."""
@@ -232,8 +259,10 @@ class Hold:
         logits = out * one.vocab * READ[number] if net.has_head else 0.0
         return rows * max(length * inside, logits)
 
-    def _drawn(self, draw: Draw) -> dict[str, float]:
+    def _drawn(self, draw: Draw, frozen: Sequence[Net] = ()) -> dict[str, float]:
         """Bytes by model while a process draws its responses, all at once.
+
+        frozen: those that come from the host's memory if one of them is drawn from.
 
         First prompts are read, then their keys and values are copied for each response. A layer's are there
         twice where rows that have ended leave, or queries share them.
@@ -247,7 +276,11 @@ class Hold:
             again = max(one.kv, 2 * one.attention) * desk.length * number
             chance = one.vocab * (2 * number + 8)
             reading = prompts * (cache + desk.prompt * one.flow * number)
-            found[net.name] = max(reading, rows * (cache + again + chance))
+            filled = rows * (cache + again + chance)
+            found[net.name] = max(reading, filled) + self._layers(net)
+        if self.launch.frozen == "host" and found.keys() & JUDGES:
+            for net in (net for net in frozen if net.name in JUDGES):
+                found[net.name] = found.get(net.name, 0.0) + _weights(net)
         return found
 
     def _master(self, net: Net) -> int:
@@ -265,13 +298,15 @@ class Preset:
 
     zero: int
     offload: Literal["none", "optimizer", "all"] = "none"
+    frozen: Literal["whole", "host", "sharded"] = "whole"
+    gather: Literal["whole", "layers"] = "whole"
 
     def under(self, made: Recipe, processes: int) -> Recipe:
         """The recipe with this preset, on so many processes of one host."""
         launch = replace(
             made.launch,
-            kind="deepspeed", zero=self.zero, offload=self.offload, processes=processes,
-            hostfile=None, include=None, exclude=None,
+            kind="deepspeed", processes=processes, hostfile=None, include=None, exclude=None,
+            **asdict(self),
         )  # fmt: skip
         return replace(made, launch=launch)
 
@@ -283,12 +318,21 @@ class Preset:
         else:
             processes = [f"launch.processes={n}"] if launch.hostfile is None else []
             words = ["launch=deepspeed", *processes, f"launch.zero={self.zero}"]
-        if self.offload != launch.offload:
-            words.append(f"launch.offload={self.offload}")
+        for name in ("offload", "frozen", "gather"):
+            if (value := getattr(self, name)) != getattr(launch, name):
+                words.append(f"launch.{name}={value}")
         return " ".join(words)
 
 
-LADDER = (Preset(0), Preset(2), Preset(2, "optimizer"), Preset(3), Preset(3, "all"))
+LADDER = (
+    Preset(0),
+    Preset(2),
+    Preset(2, frozen="host"),
+    Preset(2, "optimizer", "host"),
+    Preset(3, frozen="sharded"),
+    Preset(3, "all", "sharded"),
+    Preset(3, "all", "sharded", "layers"),
+)
 """From what costs no time to what costs most."""
 
 
@@ -300,10 +344,10 @@ def fitting(
     None if there is none. Raises `shapes.Unknown`.
     """
     for preset in LADDER:
-        peak = max(
-            of_stage(stage, preset.under(made, processes), scored).peak
-            for stage, made, scored in stages
-        )
+        under = [(stage, preset.under(made, processes), scored) for stage, made, scored in stages]
+        if any(True for stage, made, _ in under if stage == "rl" for _ in placement(made)):
+            continue
+        peak = max(of_stage(*each).peak for each in under)
         if peak <= gpu.memory:
             return preset, peak
     return None

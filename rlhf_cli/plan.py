@@ -323,18 +323,22 @@ def _memory(step: Step) -> Iterator[Row | str]:
     yield f"{unit} per process", _in(found.peak, size), f"at its fullest, while {phase}{room}"
     if not small:
         yield _table(found)
-    if found.host:
-        most = max(hosts.slots(launch).values())
-        yield (
-            f"{unit} of host memory",
-            _in(most * found.host, size),
-            f"of {most} processes on a host",
-        )
+    most = max(hosts.slots(launch).values())
+    if held := found.host(most):
+        yield f"{unit} of host memory", _in(held, size), f"of {most} processes on a host"
     if found.copies:
         told = "gathered once per rollout and evaluation, to draw and to score with"
-        if launch.gpu and found.at("copying") > card.memory:
-            told += f"; they do not fit into {card.title}, and nothing draws from shards"
+        if launch.gpu and found.peak > card.memory:
+            told += f"; launch.gather=layers does without, if all does not fit into {card.title}"
         yield f"{unit} of whole copies", _in(found.copies, size), told
+    elif launch.zero == 3:
+        sent = sum(each.weights for each in found.parts) * hosts.workers(launch)
+        yield (
+            f"{unit} per token",
+            _in(sent, size),
+            "WARNING: gathered by every process for every token that is drawn (launch.gather=layers),"
+            " which is many times slower than from a whole copy; launch.gather=whole if that fits",
+        )
 
 
 def _table(found: memory.Memory) -> str:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from rlhf_cli import memory
 from rlhf_cli.config import Recipe, compose, recipe
-from rlhf_cli.cost import Activity, Desk
+from rlhf_cli.cost import STREAM, Activity, Desk
 from rlhf_cli.devices import GPUS, named
 from rlhf_cli.memory import LADDER, Preset, fitting, of_stage
 from rlhf_cli.recipes import Model, Scratch
@@ -57,10 +57,13 @@ def rollout(made: Recipe) -> tuple[dict[str, float], float]:
     nets = desk.cast(True)
     steps, rows = update.epochs * update.minibatches, update.batch / update.minibatches
     spoken = ([nets["policy"], nets["critic"]], steps, rows, 1, made.algo.sampling().responses)
-    drawn = [desk.draw(each) for each in desk.draws(nets, 1, 0)]
+    drawn = [work for each in desk.draws(nets, 1, 0) for work in desk.draw(each)]
     works = [*drawn, *desk.passes(nets, 1, 0), *desk.talk(*spoken)]
-    spent = {name: sum(w.seconds for w in works if w.activity == name) for name in ACTIVITIES}
-    return {name: each / desk.processes for name, each in spent.items()}, desk.sent(*spoken)
+    spent = {
+        name: sum(w.seconds for w in works if w.activity == name) / desk.processes
+        for name in ACTIVITIES
+    }
+    return spent, spent["talking"] * desk.reach * STREAM
 
 
 # --- our own presets
@@ -93,7 +96,8 @@ class Case:
         launch = self.made.launch
         if not self.fits:
             return "none"
-        words = Preset(launch.zero, launch.offload).words(replace(launch, offload="none"))
+        preset = Preset(launch.zero, launch.offload, launch.frozen, launch.gather)
+        words = preset.words(replace(launch, offload="none", frozen="whole", gather="whole"))
         return f"`{words.replace('launch=deepspeed ', '')}`"
 
 
@@ -117,7 +121,8 @@ def memories(some: Sequence[Case]) -> str:
             f"{found.at(each) / 1e9:,.0f}" if each in found.phases else "-"
             for each in memory.PHASES
         ]
-        host = f"{min(case.count, SLOTS) * found.host / 1e9:,.0f}" if found.host else "-"
+        held = found.host(min(case.count, SLOTS))
+        host = f"{held / 1e9:,.0f}" if held else "-"
         rows.append([case.size, case.machine, case.preset, *phases, host])
     return table(["", "on", "recommended preset", *memory.PHASES, "host"], rows)
 

@@ -347,7 +347,8 @@ def drawing(*words: str) -> float:
     """Seconds of one GPU per step of drawing 64 responses of 100 tokens to prompts already read."""
     made = recipe(compose(["data.max_response_tokens=100", *words]))
     desk = cost.Desk.longest(made)
-    return desk.draw(cost.Draw([desk.net("policy", made.model)], 64, 0)).seconds / 100
+    (work,) = desk.draw(cost.Draw([desk.net("policy", made.model)], 64, 0))
+    return work.seconds / 100
 
 
 def test_a_step_of_drawing_is_bound_by_launches_bytes_or_arithmetic() -> None:

@@ -161,7 +161,8 @@ def test_drawing_holds_keys_and_values_of_all_responses() -> None:
 def test_a_reward_model_is_calibrated_with_a_policy_beside_it() -> None:
     found = holds("reward", "reward.calibration=256")
     drawing = 256 * ((6 + 1) * 2 * 512 * 10 * 2 + 50304 * 12)
-    assert part(found, "policy") == Part("policy", adds={"drawing": 2 * WHOLE + drawing})
+    policy = Part("SFT policy", adds={"drawing": 2 * WHOLE + drawing})
+    assert part(found, "SFT policy") == policy
 
 
 def test_models_score_one_after_another_and_learn_together() -> None:
@@ -177,12 +178,45 @@ def test_models_score_one_after_another_and_learn_together() -> None:
 
 
 def test_zero_3_gathers_whole_copies_of_all_that_learns() -> None:
-    found = holds("rl", "algo=ppo", *SHARDED, "launch.zero=3")
+    words = ["algo=ppo", *SHARDED, "launch.zero=3"]
+    found = holds("rl", *words)
     assert found.copies == 2 * (WHOLE + SCORER)
-    assert found.at("copying") == pytest.approx(
-        sum(each.always for each in found.parts) + 2 * (WHOLE + SCORER)
-    )
     assert holds("rl", "algo=ppo", *SHARDED).copies == 0
+    layers = holds("rl", *words, "launch.gather=layers")
+    assert layers.copies == 0
+    # A copy for the disk, in the memory of the first process's host, however many are on it.
+    assert layers.host(1) == layers.host(8) == 2 * (WHOLE + SCORER)
+    # Drawing gathers the largest layer, which is the output layer, and up to 50 million numbers ahead of it.
+    policy, before = part(layers, "policy"), part(found, "policy")
+    for phase in ("drawing", "scoring"):
+        more = policy.adds[phase] - before.adds[phase]  # type: ignore[index]
+        assert more == 2 * min(WHOLE, HEAD + 5e7)
+    assert policy.adds["learning"] == before.adds["learning"]
+
+
+def test_models_that_only_answer_are_where_the_launch_puts_them() -> None:
+    words = ["algo=p3o_v2", *SHARDED]
+    whole, host, sharded = (
+        holds("rl", *words, f"launch.frozen={frozen}") for frozen in ("whole", "host", "sharded")
+    )
+    both = 2 * (WHOLE + SCORER)
+    assert sum(part(whole, name).weights for name in ("reference", "reward model")) == both
+    # In the host's memory: there with all of the others while models score, and at no other time.
+    assert whole.at("learning") - host.at("learning") == both
+    assert whole.at("drawing") - host.at("drawing") == both
+    assert whole.at("scoring") == host.at("scoring")
+    assert (whole.host(2), host.host(2)) == (0, 2 * both)
+    # Sharded: half of them in each of two processes, and a layer gathered at a time.
+    assert whole.at("learning") - sharded.at("learning") == both / 2
+    gathered = 2 * min(WHOLE, HEAD + 5e7)
+    assert part(sharded, "reference").adds["scoring"] - part(whole, "reference").adds[
+        "scoring"
+    ] == pytest.approx(gathered)
+
+
+def test_a_reference_in_the_hosts_memory_comes_to_be_drawn_from() -> None:
+    words = ["algo=xpo", *SHARDED, "launch.frozen=host"]
+    assert part(holds("rl", *words), "reference").adds["drawing"] >= 2 * WHOLE
 
 
 def test_vllm_beside_the_training_takes_its_share_of_the_gpu() -> None:
@@ -225,12 +259,13 @@ def test_the_first_preset_that_fits_is_found(gpu: str) -> None:
 
 
 def test_the_least_number_of_gpus_is_found_by_doubling() -> None:
-    stages, card = chain(), GPUS["h100"]
+    card = GPUS["h100"]
+    stages = chain("launch.micro_batch=16")
     assert fitting(stages, card, 1) is None  # type: ignore[arg-type]
     count = enough(stages, card, 1)  # type: ignore[arg-type]
     assert count is not None and fitting(stages, card, count) is not None  # type: ignore[arg-type]
     assert fitting(stages, card, count // 2) is None  # type: ignore[arg-type]
-    assert enough(stages, GPUS["rtx4090"], 1) is None  # type: ignore[arg-type]
+    assert enough(chain("launch.micro_batch=512"), GPUS["rtx4090"], 1) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -248,6 +283,12 @@ def test_the_least_number_of_gpus_is_found_by_doubling() -> None:
             ["launch=deepspeed", "launch.zero=3", "launch.offload=all"],
             "launch=deepspeed launch.processes=2 launch.zero=3 launch.offload=none",
         ),
+        (
+            Preset(3, "all", "sharded", "layers"),
+            ["launch=deepspeed"],
+            "launch=deepspeed launch.processes=2 launch.zero=3 launch.offload=all launch.frozen=sharded"
+            " launch.gather=layers",
+        ),
     ],
 )
 def test_the_words_of_a_preset_give_it_when_they_are_typed(
@@ -256,7 +297,18 @@ def test_the_words_of_a_preset_give_it_when_they_are_typed(
     told = preset.words(recipe(compose(words)).launch)
     assert told == expected
     launch = recipe(compose([*words, *told.split()])).launch
-    assert (launch.zero, launch.offload) == (preset.zero, preset.offload)
+    found = (launch.zero, launch.offload, launch.frozen, launch.gather)
+    assert found == (preset.zero, preset.offload, preset.frozen, preset.gather)
+
+
+def test_a_preset_that_an_algorithm_refuses_is_passed_over() -> None:
+    made = recipe(compose([LARGE, "algo=etpo"]))
+    stages = [("rl", made, True)]
+    for gpu in GPUS.values():
+        for count in (1, 2, 4, 8):
+            fit = fitting(stages, gpu, count)
+            assert fit is None or fit[0].frozen != "host"
+    assert any(preset.frozen == "host" for preset in LADDER)
 
 
 # --- what is told
@@ -290,15 +342,14 @@ def test_a_plan_says_which_preset_fits_or_on_how_many_gpus(count: int) -> None:
     stages, card = chain(), GPUS["h100"]
     if count == 8:
         preset, size = fitting(stages, card, 8)  # type: ignore[misc, arg-type]
-        typed = "launch=deepspeed launch.processes=8 launch.zero=2 launch.offload=optimizer"
-        assert preset == Preset(2, "optimizer")
+        typed = "launch=deepspeed launch.processes=8 launch.zero=2 launch.frozen=host"
+        assert preset == Preset(2, frozen="host")
         room = f"{size / 1e9:,.1f} of 80 GB"
         expected = f"on 8 x H100-80GB: {typed} is the first preset that fits, with {room}."
     else:
         more = enough(stages, card, 1)  # type: ignore[arg-type]
         preset, size = fitting(stages, card, more)  # type: ignore[misc, arg-type]
-        offload = "" if preset.offload == "none" else f" launch.offload={preset.offload}"
-        typed = f"launch=deepspeed launch.processes={more} launch.zero={preset.zero}{offload}"
+        typed = preset.words(recipe(compose([*words, f"launch.processes={more}"])).launch)
         expected = (
             f"on 1 x H100-80GB: no preset fits, but on {more} of them {typed} does, with"
             f" {size / 1e9:,.1f} of 80 GB."
@@ -307,7 +358,7 @@ def test_a_plan_says_which_preset_fits_or_on_how_many_gpus(count: int) -> None:
 
 
 def test_a_plan_says_that_no_number_of_gpus_is_enough() -> None:
-    said = " ".join(drawn("algo=ppo", "launch.gpu=rtx4090").split())
+    said = " ".join(drawn("algo=ppo", "launch.gpu=rtx4090", "launch.micro_batch=512").split())
     assert (
         "on 1 x RTX 4090-24GB: no preset fits, nor on any number of them; lower launch.micro_batch, set"
         " launch.checkpointing=true, train adapters (model.tuning.lora), or take another GPU or another tool"
@@ -316,19 +367,29 @@ def test_a_plan_says_that_no_number_of_gpus_is_enough() -> None:
 
 
 def test_a_plan_says_how_zero_3_gathers_and_that_a_copy_does_not_fit() -> None:
-    zero = ["algo=ppo", "launch=deepspeed", "launch.zero=3"]
+    zero = ["algo=ppo", "launch=deepspeed", "launch.processes=8", "launch.zero=3"]
     gathers = "gathered once per rollout and evaluation, to draw and to score with"
     fits, tight = (
         " ".join(drawn(*zero, f"launch.gpu={gpu}").split()) for gpu in ("b200", "rtx4090")
     )
     assert gathers in fits and f"{gathers};" not in fits
-    assert f"{gathers}; they do not fit into RTX 4090-24GB, and nothing draws from shards" in tight
+    said = "launch.gather=layers does without, if all does not fit into RTX 4090-24GB"
+    assert f"{gathers}; {said}" in tight
+
+
+def test_a_plan_warns_of_layers_that_are_gathered_for_every_token() -> None:
+    words = ["algo=ppo", "launch=deepspeed", "launch.zero=3", "launch.gather=layers"]
+    said = " ".join(drawn(*words).split())
+    assert (
+        "WARNING: gathered by every process for every token that is drawn (launch.gather=layers), which is"
+        " many times slower than from a whole copy; launch.gather=whole if that fits"
+    ) in said
 
 
 def test_host_memory_is_that_of_all_processes_of_a_host() -> None:
     words = ["algo=ppo", "launch=deepspeed", "launch.processes=4", "launch.offload=optimizer"]
-    held = memory.of_stage("rl", recipe(compose([LARGE, *words])), True).host
-    assert f"GB of host memory {4 * held / 1e9:,.1f} of 4 processes on a host" in " ".join(
+    held = memory.of_stage("rl", recipe(compose([LARGE, *words])), True).host(4)
+    assert f"GB of host memory {held / 1e9:,.1f} of 4 processes on a host" in " ".join(
         drawn(*words).split()
     )
 

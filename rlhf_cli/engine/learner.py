@@ -61,9 +61,11 @@ class Learner:
             for model in module.modules():
                 if isinstance(model, PreTrainedModel):
                     model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._copy = copy.deepcopy(module) if launch.zero == 3 else None
-        if self._copy is not None and launch.gather == "layers":
-            self._copy.cpu()
+        self._copy: nn.Module | None = None
+        if launch.zero == 3 and launch.gather == "whole":
+            self._copy = copy.deepcopy(module)
+        elif launch.zero == 3 and world.is_main:
+            self._copy = copy.deepcopy(module).cpu()
         groups = _groups(module, optim.lr, rates or {})
         self._names, self._peaks = ["", *(rates or {})], [group["lr"] for group in groups]
         # A rate of 0 until `step` sets it: some wrappers take a step on no gradient to make room.
@@ -181,17 +183,18 @@ class Learner:
 
         Under ZeRO 3 the weights are gathered into a copy, one after the other, unless `launch.gather` says
         that each layer is to be gathered when it is its turn: then the module itself is handed out, and the
-        copy, in the host's memory, is for the disk alone.
+        copy, which the main process alone has and in the host's memory, is for the disk.
         """
-        if self._copy is None or (self.launch.gather == "layers" and not to_save):
+        if self.launch.zero < 3 or (self.launch.gather == "layers" and not to_save):
             yield self.engine.module.eval()
             return
-        shards = dict(self.engine.module.named_parameters())
+        copies = {} if self._copy is None else dict(self._copy.named_parameters())
         with torch.no_grad():
-            for name, parameter in self._copy.named_parameters():
-                with deepspeed.zero.GatheredParameters([shards[name]]):
-                    parameter.copy_(shards[name])
-        yield self._copy.eval()
+            for name, shard in self.engine.module.named_parameters():
+                with deepspeed.zero.GatheredParameters([shard]):
+                    if name in copies:
+                        copies[name].copy_(shard)
+        yield (self.engine.module if self._copy is None else self._copy).eval()
 
 
 def deepspeed_config(optim: Optim, launch: Launch, world: World, precision: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from rlhf_cli.models.heads import Actor, Scorer, log_probs, next_logits
 from rlhf_cli.models.tuning import Policy
 from rlhf_cli.recipes import Drawing
 
+Ask = tuple[Sequence[Sequence[int]], int, Tensor, int, int, int, float]
+"""What `draw` is told after the models, in its order."""
 PLAIN = Drawing(temperature=1.0, noise=0.0)
 """As every evaluation draws."""
 
@@ -193,7 +195,7 @@ class Collector:
                 said = self._dialogues(experts, temperature, asked, len(places), rows, width)
             else:
                 ask = (prompts, len(places), rows, width, end, pad, temperature)
-                drawn = self._drawn(source, experts, *ask)
+                drawn = self._drawn(source, experts, ask)
                 if drawn.logp is not None:
                     told[:, places] = drawn.logp.unflatten(0, (len(asked), len(places)))
                 said = tuple(t.clone() for t in (drawn.tokens, drawn.attention, drawn.mask))
@@ -210,11 +212,11 @@ class Collector:
         stacked = [torch.stack(ts, 1) for ts in zip(*parts, strict=True)]
         return tuple(t.flatten(0, 1) for t in (told, *stacked))
 
-    def _drawn(self, source: Source, experts: Sequence[Expert], *ask: Any) -> Draw:
+    def _drawn(self, source: Source, experts: Sequence[Expert], ask: Ask) -> Draw:
         """What `ask` says, from the sampler if it has what is drawn from: the policy and nothing else."""
         if self.sampler is not None and source in ("policy", "greedy"):
             return self.sampler.draw(*ask)
-        return draw(experts, *ask, all_ended=self._all_ended if self.together else None)
+        return draw(experts, *ask, self._all_ended if self.together else None)
 
     def _all_ended(self, here: bool) -> bool:
         return self.world.sum({"drawing": float(not here)})["drawing"] == 0

@@ -27,6 +27,7 @@ from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.forward import Rows, per_row
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import shuffled
+from rlhf_cli.engine.placement import placed, present
 from rlhf_cli.engine.rollout import Judges
 from rlhf_cli.evals.reward_report import Report, Scored, report
 from rlhf_cli.evals.statistics import proportion_interval
@@ -151,9 +152,11 @@ def _calibration(ctx: Context, scorer: Scorer, tokenizer) -> tuple[float, float]
         sides = [(encoder.prompt(demo.prompt), encoder.response(demo.response)) for demo in demos]
         return float(_scores(ctx, scorer, sides, pad).mean()), 1.0
     policy = load_policy(ctx.final("sft"), ctx.recipe.model.precision, tokenizer)
+    policy = placed(policy, ctx.recipe.launch, ctx.world)
     chosen = _some(ctx.corpus.train.prompts, recipe.calibration, recipe.seed)
-    judges, actor = Judges(None, scorer), Actor(policy.to(ctx.world.device))
-    rollout = responses(ctx, actor, tokenizer, chosen, judges, recipe.seed, "calibration")
+    with present([policy], ctx.world.device):
+        judges, actor = Judges(None, scorer), Actor(policy)
+        rollout = responses(ctx, actor, tokenizer, chosen, judges, recipe.seed, "calibration")
     assert rollout.score is not None
     return float(rollout.score.mean()), max(float(rollout.score.std()), 1e-6)
 
