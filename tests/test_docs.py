@@ -29,7 +29,13 @@ from tests.algos.toys import ARMS, BANDIT, THETA, TREE, World, ascent, close, le
 from tests.conftest import ROOT
 from tests.data_samples import COMMIT, write_rows
 
-PAGES = ["README.md", "docs/adding.md", "docs/comparing.md", "docs/data.md", "docs/stopping.md"]
+PAGES = [
+    "README.md",
+    *(
+        f"docs/{name}.md"
+        for name in ("adding", "comparing", "data", "samplers", "scale", "stopping", "sweeps")
+    ),
+]
 REAL = {"hh-rlhf": "hh-rlhf", "my-model": "models/stories260K-hf"}
 """What the pages call their reader's own files, and the real ones that stand in for them."""
 ANSWERS = {"chosen": " yes", "rejected": " no"}
@@ -196,6 +202,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     written(tmp_path)
     for name, rows in MADE.items():
         write_rows(tmp_path / name, rows)
+    (tmp_path / "hosts").write_text("worker-0 slots=8\nworker-1 slots=8\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RLHF_RUNS", str(tmp_path / "runs"))
     # The working directory alone must be enough to find the module.
