@@ -298,14 +298,16 @@ def _child(task: Task, share: Mapping[str, str]) -> subprocess.Popen[bytes]:
     return child(Run(task.step.path), freeze(task.step.node), task.command, share)
 
 
-def child(run: Run, config: str, command: str, share: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def child(
+    run: Run, config: str, command: str, share: Mapping[str, str], node: int = 0
+) -> subprocess.Popen[bytes]:
     """A process that builds one run, in a session of its own: a signal is ours to pass on.
 
-    config: frozen; share: what of the environment is its own.
+    config: frozen; share: what of the environment is its own; node: the rank of this host among the run's.
     """
     with disk(run.log):
         run.log.mkdir(parents=True, exist_ok=True)
-        log = _console(run).open("ab")
+        log = _console(run, node).open("ab")
     with log:
         begun = subprocess.Popen(
             [sys.executable, "-m", "rlhf_cli.campaign", command],
@@ -332,8 +334,8 @@ def _stop(children: Iterable[subprocess.Popen[bytes]]) -> None:
                 child.wait(timeout=GRACE_SECONDS)
 
 
-def _console(run: Run) -> Path:
-    return run.log / "console.txt"
+def _console(run: Run, node: int = 0) -> Path:
+    return run.log / (f"console_{node}.txt" if node else "console.txt")
 
 
 def last_line(run: Run) -> str:

@@ -52,7 +52,9 @@ def finish(run: Run, **last: float) -> None:
     """The run as its stages would leave it."""
     run.begin("stage: rl\n", {"key": run.key})
     if last:
-        Ledger(run.metrics_path).write({f"eval/{name}": value for name, value in last.items()})
+        Ledger(run.metrics_path).write(
+            {"step": 1, **{f"eval/{name}": value for name, value in last.items()}}
+        )
     run.finish()
 
 
@@ -160,8 +162,8 @@ def test_parameters_reach_submitit_by_the_names_it_has_for_them() -> None:
         ),
         (
             ["hydra/launcher=submitit_local", "hydra.launcher.nodes=2", "seed=1,2"],
-            "hydra.launcher.nodes=2 is not allowed: a job is one task, which starts the processes that"
-            " launch.processes says; leave hydra.launcher.nodes at 1.",
+            "hydra.launcher.nodes=2 is not allowed: hydra/launcher=submitit_local has this machine alone;"
+            " leave hydra.launcher.nodes at 1.",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -570,6 +572,59 @@ def test_slurm_is_told_of_all_runs_at_once_each_to_wait_for_those_it_starts_from
         ["#SBATCH --dependency=afterok:2:1"],
     )
     assert "#SBATCH --kill-on-invalid-dep=yes" in told[2]
+
+
+def test_a_node_of_a_job_knows_the_others_and_its_own_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    from rlhf_cli.sweeps.submit import Build, Ended
+
+    variables = {
+        "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "gpu[07-08]",
+        "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_PROCID": "1",
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    begun: list[tuple[Any, int]] = []
+
+    def child(run: Run, text: str, command: str, share: object, rank: int) -> Any:
+        begun.append((OmegaConf.create(text).launch, rank))
+        return SimpleNamespace(poll=lambda: 1, pid=2**22 + 1)  # one that there cannot be
+
+    monkeypatch.setattr(campaign, "child", child)
+    node = config.compose(["algo=ppo", "launch=deepspeed", "launch.processes=4"])
+    with pytest.raises(Ended, match="code 1"):
+        Build(tmp_path, config.freeze(node), "rlhf train", [])()
+    ((launch, rank),) = begun
+    assert rank == launch.node_rank == 1 and launch.no_ssh
+    assert (launch.master_addr, launch.master_port) == ("gpu07", 22345)
+    assert Path(launch.hostfile).read_text() == "gpu07 slots=4\ngpu08 slots=4\n"
+    config.recipe(OmegaConf.merge(node, {"launch": launch}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "launch.hostfile="),
+        (
+            ["launch=deepspeed", "launch.processes=32"],
+            "hydra.launcher.nodes=2: .* x 64 processes",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_dealt_out_to_the_nodes_is_not_submitted(
+    tmp_path: Path, words: list[str], said: str
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    from rlhf_cli.sweeps.submit import Scheduler
+
+    found = line("hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2")
+    crew = Scheduler(found.launcher, tmp_path / "submitit", 256, {})
+    made = plan(config.compose([*words, "algo=ppo", f"paths.runs={tmp_path / 'runs'}"]))
+    task, *_ = campaign.tasks({"rlhf train algo=ppo": made})
+    with pytest.raises(UserError, match=said):
+        crew.begin(task, [])
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,36 @@ PATIENCE = 20
 """Of a run, in seconds without word from a peer."""
 WORDS = [
     "train", *TINY, "algo=p3o_v2", "track=off", "launch=deepspeed", f"launch.timeout={PATIENCE}",
-    "checkpoint.every=1",
+    # Where all scores are equal, what is learned from is rounding, which sharding changes.
+    "checkpoint.every=1", "reward.unended=null",
 ]  # fmt: skip
+SHELL = """#!{python}
+# Stands in for ssh and pdsh: enters the host instead of asking for a login there.
+import os, shlex, subprocess, sys
+words, hosts = sys.argv[1:], []
+if os.path.basename(sys.argv[0]) == "pdsh":
+    while words[0].startswith("-"):
+        option = words.pop(0)
+        if option == "-w":
+            hosts = words.pop(0).split(",")
+        elif option == "-f":
+            words.pop(0)
+else:
+    while words[0].startswith("-"):
+        words = words[2:]
+    hosts = [words.pop(0)]
+with open(sys.argv[0] + ".asked", "a") as asked:
+    asked.write(" ".join(hosts))
+children = [
+    subprocess.Popen(
+        ["ip", "netns", "exec", host, "env", "-i", "PATH=" + os.environ["PATH"], "HOME=/root",
+         "unshare", "--uts", "sh", "-c",
+         "hostname " + host + "; " + " ".join(words).replace("%n", str(place))]
+    )
+    for place, host in enumerate(hosts)
+]
+sys.exit(max(child.wait() for child in children))
+"""
 
 
 def ip(*words: str) -> None:
@@ -43,10 +71,14 @@ class Hosts:
     names: tuple[str, str]
     addresses: tuple[str, str]
 
-    def start(self, place: int, folder: Path, *words: str) -> subprocess.Popen[str]:
-        """Runs the command on one host, in a session of its own."""
+    def start(
+        self, place: int, folder: Path, *words: str, path: Path | None = None
+    ) -> subprocess.Popen[str]:
+        """Runs the command on one host, in a session of its own; path: where to look for programs first."""
         name = self.names[place]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+        if path is not None:
+            environment["PATH"] = f"{path}{os.pathsep}{environment['PATH']}"
         for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "RLHF_RUNS"):
             environment.pop(variable, None)
         script = f"hostname {name} && exec {shlex.join([sys.executable, '-m', 'rlhf_cli', *words])}"
@@ -131,7 +163,7 @@ def losses(folder: Path) -> dict[str, list[float]]:
         path.parent.name: [
             row["train/loss"] for row in read(path / "metrics.jsonl") if "train/loss" in row
         ]
-        for path in sorted((folder / "runs").glob("*/*"))
+        for path in sorted((folder / "runs").glob("[a-z]*/*"))
     }
 
 
@@ -151,7 +183,7 @@ def same(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> None:
     assert ours.keys() == theirs.keys() == {"sft", "reward", "rl"}
     for stage in ours:
         assert len(ours[stage]) > 3
-        assert theirs[stage] == pytest.approx(ours[stage], rel=1e-5, abs=1e-6)
+        assert theirs[stage] == pytest.approx(ours[stage], rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -161,6 +193,21 @@ def test_two_hosts_learn_what_two_processes_of_one_host_learn(
     for code, said in ended(hosts.train(tmp_path, zero), within=600):
         assert code == 0, said
     same(together, losses(tmp_path))
+
+
+def test_one_command_starts_the_workers_of_both_hosts(
+    hosts: Hosts, together: dict[str, list[float]], tmp_path: Path
+) -> None:
+    for program in ("ssh", "pdsh"):
+        (tmp_path / program).write_text(SHELL.format(python=sys.executable))
+        (tmp_path / program).chmod(0o755)
+    (tmp_path / "hosts").write_text("".join(f"{name} slots=1\n" for name in hosts.names))
+    words = [*WORDS, "launch.zero=2", "launch.hostfile=hosts", "launch.through=pdsh"]
+    child = hosts.start(0, tmp_path, *words, path=tmp_path)
+    ((code, said),) = ended([child], within=600)
+    assert code == 0, said
+    same(together, losses(tmp_path))
+    assert " ".join(hosts.names) in (tmp_path / "pdsh.asked").read_text()
 
 
 @pytest.mark.parametrize("how", ["cable", "host"])

@@ -1,7 +1,8 @@
 """Runs as jobs of submitit: of SLURM, or of this machine as a rehearsal.
 
-Each run of a sweep is one job, its task the driver, which starts DeepSpeed by itself. SLURM is told of all of
-them at once, each to wait for those that it starts from; locally a job is begun when these are done.
+Each run of a sweep is one job, with one task on each of its nodes: the driver, which starts DeepSpeed's
+processes there by itself. SLURM is told of all jobs at once, each to wait for those that it starts from;
+locally a job is begun when these are done.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from rlhf_cli import campaign
-from rlhf_cli.config import freeze
+from rlhf_cli.config import freeze, recipe
 from rlhf_cli.errors import GO_ON, UserError
 from rlhf_cli.store.run import Run
 
@@ -35,6 +37,8 @@ COMMON = (
 PREEMPTION_SECONDS = 30
 """A preempted job hears SIGTERM, and a moment later the signal at which submitit queues it again."""
 POLL_SECONDS = 0.2
+PORTS = range(20_000, 30_000)
+"""Where the workers of several nodes meet: two jobs on one node rarely share one."""
 
 
 class Ended(Exception):
@@ -54,9 +58,9 @@ class Build:
         """Raises Ended unless the run is done: who waits for this job waits for that."""
         if self.called_off():
             raise Ended("called off")
-        launch = OmegaConf.create(self.config).launch
-        share = {"OMP_NUM_THREADS": str(max(1, campaign.cores() // launch.processes))}
-        self._child = campaign.child(Run(self.run), self.config, self.command, share)
+        node, rank = self._placed()
+        share = {"OMP_NUM_THREADS": str(max(1, campaign.cores() // node.launch.processes))}
+        self._child = campaign.child(Run(self.run), freeze(node), self.command, share, rank)
         try:
             while (code := self._child.poll()) is None:
                 time.sleep(POLL_SECONDS)
@@ -67,6 +71,26 @@ class Build:
                 os.killpg(self._child.pid, signal.SIGKILL)
         if code:
             raise Ended(f"{self.run} ended with code {code}")
+
+    def _placed(self) -> tuple[DictConfig, int]:
+        """The configuration, told which of the job's nodes this is, and the rank of that node."""
+        from submitit import JobEnvironment
+
+        node = OmegaConf.create(self.config)
+        assert isinstance(node, DictConfig)
+        here = JobEnvironment()
+        if here.num_nodes == 1:
+            return node, 0
+        with tempfile.NamedTemporaryFile("w", suffix=".hosts", delete=False) as file:
+            file.write(_hostfile(here.hostnames, node.launch.processes))
+        told = {
+            "hostfile": file.name,
+            "no_ssh": True,
+            "node_rank": here.node,
+            "master_addr": here.hostnames[0],
+            "master_port": PORTS[int(here.raw_job_id) % len(PORTS)],
+        }
+        return DictConfig({**node, "launch": {**node.launch, **told}}), here.node
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Have the run stop after its step, and be gone on with when the job has another turn.
@@ -120,13 +144,19 @@ class Scheduler:
         markers: Mapping[str, Sequence[Path]],
     ) -> None:
         """launcher: as `words.Line` has it; most: jobs at once; markers: those of `Build`, by a run's key."""
-        for key in ("nodes", "tasks_per_node"):
-            if launcher[key] != 1:
-                raise UserError(
-                    f"hydra.launcher.{key}={launcher[key]} is not allowed: a job is one task, which starts"
-                    f" the processes that launch.processes says; leave hydra.launcher.{key} at 1."
-                )
         self._cluster = KINDS[launcher["kind"]]
+        if launcher["tasks_per_node"] != 1:
+            raise UserError(
+                f"hydra.launcher.tasks_per_node={launcher['tasks_per_node']} is not allowed: a node has one"
+                " task, which starts the processes that launch.processes says; leave"
+                " hydra.launcher.tasks_per_node at 1."
+            )
+        self._nodes = launcher["nodes"]
+        if self._nodes != 1 and self._cluster == "local":
+            raise UserError(
+                f"hydra.launcher.nodes={self._nodes} is not allowed: hydra/launcher=submitit_local has this"
+                " machine alone; leave hydra.launcher.nodes at 1."
+            )
         self.early = self._cluster == "slurm"
         self._most, self._markers = most, markers
         self._folder = folder / launcher["submitit_folder"]
@@ -135,9 +165,13 @@ class Scheduler:
         self._jobs: list[Submitted] = []
 
     def begin(self, task: campaign.Task, after: Sequence[campaign.Job]) -> campaign.Job | None:
-        """Submit it; SLURM begins it when those it needs have ended well."""
+        """Submit it; SLURM begins it when those it needs have ended well.
+
+        Raises UserError where there is no SLURM, and if the run cannot be dealt out to so many nodes.
+        """
         import submitit
 
+        self._check_nodes(task.step.node)
         self._jobs = [job for job in self._jobs if job.poll() is None]
         if len(self._jobs) >= self._most:
             return None
@@ -157,6 +191,19 @@ class Scheduler:
         self._jobs.append(Submitted(executor.submit(build), build))
         return self._jobs[-1]
 
+    def _check_nodes(self, node: DictConfig) -> None:
+        """Raises UserError unless all processes of all nodes have a share of every batch."""
+        if self._nodes == 1:
+            return
+        with tempfile.NamedTemporaryFile("w", suffix=".hosts") as file:
+            names = [f"node-{rank}" for rank in range(self._nodes)]
+            file.write(_hostfile(names, node.launch.processes))
+            file.flush()
+            try:
+                recipe(DictConfig({**node, "launch": {**node.launch, "hostfile": file.name}}))
+            except UserError as error:
+                raise UserError(f"hydra.launcher.nodes={self._nodes}: {error}") from None
+
     def ask(self, jobs: Mapping[campaign.Task, campaign.Job]) -> None:
         """Ask the runs by a file, wherever they are; what has not begun leaves the queue."""
         for task, job in jobs.items():
@@ -172,6 +219,10 @@ class Scheduler:
         for job in jobs:
             assert isinstance(job, Submitted)
             job.job.cancel(check=False)
+
+
+def _hostfile(names: Iterable[str], slots: int) -> str:
+    return "".join(f"{name} slots={slots}\n" for name in names)
 
 
 def parameters(launcher: Mapping[str, Any]) -> dict[str, Any]:
