@@ -608,8 +608,8 @@ def test_a_node_of_a_job_knows_the_others_and_its_own_rank(
     [
         ([], "launch.hostfile="),
         (
-            ["launch=deepspeed", "launch.processes=32"],
-            "hydra.launcher.nodes=2: .* x 64 processes",
+            ["launch=deepspeed", "launch.processes=16"],
+            "hydra.launcher.nodes=2: sft.batch=16 cannot be dealt out evenly to 32 processes",
         ),
     ],
 )
