@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.config import compose, freeze
+from rlhf_cli.plan import plan
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
 from tests.test_chain import TINY
@@ -72,16 +74,14 @@ class Hosts:
     addresses: tuple[str, str]
 
     def start(
-        self, place: int, folder: Path, *words: str, path: Path | None = None
+        self, place: int, folder: Path, *words: str, **variables: str
     ) -> subprocess.Popen[str]:
-        """Runs the command on one host, in a session of its own; path: where to look for programs first."""
+        """Runs Python with these words on one host, in a session of its own."""
         name = self.names[place]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-        if path is not None:
-            environment["PATH"] = f"{path}{os.pathsep}{environment['PATH']}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **variables}
         for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "RLHF_RUNS"):
             environment.pop(variable, None)
-        script = f"hostname {name} && exec {shlex.join([sys.executable, '-m', 'rlhf_cli', *words])}"
+        script = f"hostname {name} && exec {shlex.join([sys.executable, *words])}"
         return subprocess.Popen(
             ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", script],
             cwd=folder, env=environment, text=True, start_new_session=True,
@@ -95,7 +95,8 @@ class Hosts:
             *WORDS, f"launch.zero={zero}", "launch.hostfile=hosts", "launch.no_ssh=true",
             f"launch.master_addr={self.addresses[0]}", "launch.master_port=29700",
         ]  # fmt: skip
-        return [self.start(at, folder, *words, f"launch.node_rank={at}") for at in (0, 1)]
+        line = ["-m", "rlhf_cli", *words]
+        return [self.start(at, folder, *line, f"launch.node_rank={at}") for at in (0, 1)]
 
     def cable(self, state: str) -> None:
         """Plugs it in (up) or out (down)."""
@@ -202,12 +203,42 @@ def test_one_command_starts_the_workers_of_both_hosts(
         (tmp_path / program).write_text(SHELL.format(python=sys.executable))
         (tmp_path / program).chmod(0o755)
     (tmp_path / "hosts").write_text("".join(f"{name} slots=1\n" for name in hosts.names))
-    words = [*WORDS, "launch.zero=2", "launch.hostfile=hosts", "launch.through=pdsh"]
-    child = hosts.start(0, tmp_path, *words, path=tmp_path)
-    ((code, said),) = ended([child], within=600)
+    words = ["-m", "rlhf_cli", *WORDS, "launch.zero=2", "launch.hostfile=hosts"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    ((code, said),) = ended([hosts.start(0, tmp_path, *words, PATH=path)], within=600)
     assert code == 0, said
     same(together, losses(tmp_path))
     assert " ".join(hosts.names) in (tmp_path / "pdsh.asked").read_text()
+
+
+JOB = """
+import sys
+from pathlib import Path
+from rlhf_cli.sweeps.submit import Build
+Build(Path(sys.argv[1]), Path(sys.argv[2]).read_text(), "rlhf train", [])()
+"""
+
+
+def test_a_job_of_two_nodes_learns_on_both(
+    hosts: Hosts, together: dict[str, list[float]], tmp_path: Path
+) -> None:
+    """A sweep's job as SLURM would start it: a task on each node, with SLURM's variables."""
+    pytest.importorskip("submitit")
+    words = [*WORDS[1:], "stage=sft", "launch.processes=1", f"paths.runs={tmp_path / 'runs'}"]
+    (step,) = plan(compose(words)).steps
+    (tmp_path / "config.yaml").write_text(freeze(step.node))
+    job = {
+        "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "9700", "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": ",".join(hosts.names),
+    }  # fmt: skip
+    line = ["-c", JOB, str(step.path), str(tmp_path / "config.yaml")]
+    children = [
+        hosts.start(at, tmp_path, *line, **job, SLURM_NODEID=str(at), SLURM_PROCID=str(at))
+        for at in (0, 1)
+    ]
+    for code, said in ended(children, within=600):
+        assert code == 0, said
+    assert losses(tmp_path)["sft"] == pytest.approx(together["sft"], rel=1e-5)
 
 
 @pytest.mark.parametrize("how", ["cable", "host"])
