@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
@@ -14,6 +19,7 @@ from rlhf_cli.errors import UserError
 from rlhf_cli.memory import LADDER, Memory, Part, Preset, enough, fitting
 from rlhf_cli.plan import describe, plan
 from rlhf_cli.shapes import PUBLISHED, Unknown
+from tests.conftest import ROOT
 from tests.test_cost import BUDGET, HEAD, LAYER, MEASURED, SCORER, SMALL, WHOLE
 
 # A micro-batch of 8 rows of 10 tokens of Pythia 70M in bf16: 18 numbers per layer and width are kept, 12
@@ -401,3 +407,25 @@ def test_an_unknown_gpu_is_told_the_ones_there_are() -> None:
         "launch.gpu=a1000 is not in the list of GPUs; set launch.gpu to one of a100-40, a100-80, h100, h200,"
         " b200, l40s, a6000, rtx4090."
     )
+
+
+# --- against measured peaks
+
+
+@pytest.mark.slow
+def test_the_peaks_of_a_nano_chain_are_within_15_percent(tmp_path: Path) -> None:
+    rows = [f"data.embedded.{kind}=600" for kind in ("prompts", "demos", "pairs")]
+    words = [
+        "algo=ppo", "track=off", *rows, "algo.update.episodes=512", "eval.points=1",
+        # As long as the longest prompt there is: plans take all texts to be as long as may be.
+        "data.max_prompt_tokens=66", f"paths.runs={tmp_path}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "memory.py"), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    errors = {line[0]: float(line[-1].rstrip("%")) for line in lines if line[1] == "overall"}
+    assert errors.keys() == {"sft", "reward", "rl"}
+    assert all(abs(error) <= 15 for error in errors.values()), errors

@@ -36,7 +36,7 @@ def numbers(tmp_path_factory):
         "--master_port", str(free_port()), "--no_local_rank",
     ]  # fmt: skip
     for words in (
-        [str(SCRIPT), str(one), "0", "0-lora", *OFFLOADED, *PLACED],
+        [str(SCRIPT), str(one), "0", "1", "2", "3", *ADAPTERS, *OFFLOADED, *PLACED],
         [*launcher, str(SCRIPT), str(two), "0", "1", "2", "3", *ADAPTERS, *OFFLOADED, *PLACED],
     ):
         done = subprocess.run(
@@ -63,14 +63,14 @@ def test_two_processes_equal_one(numbers, algo):
 @pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_every_zero_stage_equals_stage_0(numbers, algo, zero):
-    _, two = numbers
-    same(two[f"{algo}-0"], two[f"{algo}-{zero}"])
+    for side in numbers:
+        same(side[f"{algo}-0"], side[f"{algo}-{zero}"])
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_adapters_alone_learn_the_same_in_every_zero_stage(numbers, case):
-    one, two = numbers
-    same(one["p3o_v2-0-lora"], two[f"p3o_v2-{case}"])
+    for side in numbers:
+        same(numbers[0]["p3o_v2-0-lora"], side[f"p3o_v2-{case}"])
 
 
 @pytest.mark.parametrize("case", PLACED)
@@ -85,6 +85,14 @@ def test_what_waits_in_the_hosts_memory_learns_the_same(numbers, case):
     whole = "p3o_v2-0-lora" if "lora" in case else "p3o_v2-0"
     for side in numbers:
         same(side[whole], side[f"p3o_v2-{case}"])
+
+
+def test_processes_that_draw_longer_than_others_do_not_wait_for_ever(numbers):
+    _, two = numbers
+    (one_before, other_before), (one_after, other_after) = two["uneven"].values()
+    assert (len(one_before), len(other_before)) == (12, 12)
+    assert one_after == one_before[:1]
+    assert other_after == other_before
 
 
 def test_adapters_alone_learn_otherwise_than_all_weights(numbers):

@@ -3,7 +3,8 @@
 Run in one process, or by DeepSpeed's launcher in several: `python tests/world_script.py OUT [CASE…]`, a case
 being a ZeRO stage and words after it: lora for adapters alone, optimizer or all for what is offloaded, layers
 for a policy that is gathered layer by layer, sharded or host for where frozen models are.
-Rank 0 writes OUT, a JSON of {algorithm-case: [losses and gradient norms]}.
+Rank 0 writes OUT, a JSON of {algorithm-case: [losses and gradient norms]}, and of several processes what
+came of responses of which the first process's end at once and the others' never ("uneven").
 """
 
 from __future__ import annotations
@@ -123,14 +124,34 @@ def given(prompts: list[Asked], sampling: Sampling) -> list[Asked]:
     ]
 
 
+def uneven(world: World) -> dict[str, Any]:
+    """Tokens of a response of each process: twice, the second time with another end on the first process."""
+    launch, _ = launched("3-layers", world, 4)
+    tokenizer = train_tokenizer(["the cat sat on the mat"], 300, 64)
+    learner = Learner(Actor(new_policy(MODEL, tokenizer)), OPTIM, 1, launch, world, "fp32")
+    drawn = []
+    for end in (None, "first token"):
+        rank = torch.distributed.get_rank()
+        eos = drawn[0][0][0] if end and rank == 0 else -1
+        words = SimpleNamespace(eos_token_id=eos, pad_token_id=0)
+        collector = Collector(world, words, Judges(None, None), 4, 12, 1, together=True)  # type: ignore[arg-type]
+        with learner.whole() as actor:
+            said, _ = collector.collect(actor, PROMPTS[: world.size], Sampling(policy=1), "u", 0)
+        rows = zip(said.tokens[:, 0, -12:], said.mask[:, 0].bool(), strict=True)
+        drawn.append([row[mask].tolist() for row, mask in rows])
+    return {"before": drawn[0], "after": drawn[1]}
+
+
 def main(out: str, cases: list[str]) -> None:
     world = start(60)
-    rows = {
+    rows: dict[str, Any] = {
         f"{name}-{case}": run(world, shipped(name), case, 4)
         for case in cases
         for name in (ALGORITHMS if case in "0123" else ALGORITHMS[:1])
     }
     rows["p3o_v2-0-micro-16"] = run(world, shipped("p3o_v2"), "0", 16)
+    if world.size > 1:
+        rows["uneven"] = uneven(world)
     if world.is_main:
         with open(out, "w", encoding="utf-8") as file:
             json.dump(rows, file)
