@@ -174,7 +174,9 @@ def jobs(words: Sequence[str]) -> list[tuple[tuple[str, ...], DictConfig]]:
     found: list[tuple[tuple[str, ...], DictConfig]] = []
 
     def keep(node: DictConfig) -> None:
-        found.append((tuple(HydraConfig.get().overrides.task), settled(node)))
+        said = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        assert isinstance(said, list)
+        found.append((tuple(said), settled(node)))
 
     run = hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")(keep)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors and exits by itself

@@ -94,7 +94,7 @@ def test_the_flops_of_a_rollout_are_those_of_the_plan_at_the_plans_lengths() -> 
     desk = Desk.longest(made)
     nets = desk.cast(True)
     evaluations = 1 + min(made.eval.points, update.episodes // update.batch)
-    measured = [draw for _, draw in desk.draws(nets, 0, evaluations)]
+    measured = [work for each in desk.draws(nets, 0, evaluations) for work in desk.draw(each)]
     measured += desk.passes(nets, 0, evaluations)
     rest = sum(work.flop for work in measured)
     assert desk.rl(True).flop == pytest.approx(update.episodes // update.batch * one + rest)

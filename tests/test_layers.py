@@ -47,7 +47,7 @@ ROOMS: dict[str, str] = {
     "ds_config": "",
     "hosts": "",
     "cost": "devices hosts shapes",
-    "memory": "cost devices hosts",
+    "memory": "checks cost devices hosts",
     "plan": "config core cost devices hosts hub memory shapes store",
     "words": "config",
     "gallery": "complaints config figures plan store words",

@@ -274,6 +274,11 @@ def test_what_a_command_meant_is_written_before_anything_runs(tmp_path: Path) ->
         assert job.words[:2] == (f"algo={frozen.name}", f"seed={frozen.seed}")
 
 
+def test_what_refers_to_other_values_goes_on_to_do_so() -> None:
+    ((job, node),) = words.jobs(["track.project=mine", "track.group=${track.project}-a"])
+    assert "track.group=${track.project}-a" in job and node.track.group == "mine-a"
+
+
 def test_the_order_of_values_and_how_they_are_run_make_no_other_sweep(tmp_path: Path) -> None:
     one = swept(tmp_path, "seed=1,2")
     assert swept(tmp_path, "seed=2,1", "track=off", "launch.micro_batch=4").path == one.path
