@@ -8,6 +8,7 @@ this machine, or a scheduler.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -18,8 +19,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -38,6 +41,8 @@ GRACE_SECONDS = 10
 PARENT = "RLHF_PARENT"
 """Variable of the environment: whom a child ends with, as `worker.end_with_driver` reads it."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+PRELOADED = ["rlhf_cli.campaign", "rlhf_cli.worker", "rlhf_cli.stages.rl", "rlhf_cli.stages.reward"]
+"""What is loaded once for all children, which is most of what a small run takes to begin."""
 AGAIN = "give the same command again to go on."
 
 
@@ -65,6 +70,20 @@ class Job(Protocol):
 
     def poll(self) -> int | None:
         """Its exit code; None as long as it runs."""
+
+
+class Process(Job, Protocol):
+    """One on this machine, at the head of a group of its own."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    def terminate(self) -> None:
+        """Send it SIGTERM."""
+
+    def wait(self, timeout: float | None = None) -> object:
+        """Wait for its end; raises subprocess.TimeoutExpired."""
 
 
 class Crew(Protocol):
@@ -119,12 +138,11 @@ class Slots:
     def ask(self, jobs: Mapping[Task, Job]) -> None:
         """Pass a signal on, which a child takes for the wish to stop."""
         for child in jobs.values():
-            assert isinstance(child, subprocess.Popen)
-            child.terminate()
+            cast(Process, child).terminate()
 
     def end(self, jobs: Iterable[Job]) -> None:
         """Interrupt the children, then kill those that do not leave."""
-        _stop([child for child in jobs if isinstance(child, subprocess.Popen)])
+        _stop([cast(Process, child) for child in jobs])
 
 
 def nobody() -> Collection[str]:
@@ -294,36 +312,82 @@ def visible_devices() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _child(task: Task, share: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _child(task: Task, share: Mapping[str, str]) -> Process:
     return child(Run(task.step.path), freeze(task.step.node), task.command, share)
 
 
-def child(
-    run: Run, config: str, command: str, share: Mapping[str, str], node: int = 0
-) -> subprocess.Popen[bytes]:
+@dataclass(frozen=True, eq=False)
+class Child:
+    """A process that builds one run."""
+
+    process: BaseProcess
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return cast(int, self.process.pid)
+
+    def poll(self) -> int | None:
+        """Its exit code, negative if a signal ended it; None as long as it runs."""
+        return self.process.exitcode
+
+    def terminate(self) -> None:
+        """Send it SIGTERM."""
+        self.process.terminate()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for its end; raises subprocess.TimeoutExpired."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            raise subprocess.TimeoutExpired("a run", timeout or 0.0)
+
+    def lasts(self) -> None:
+        """Wait for its end, unnoted: for a handler, whose signal may have come during `poll`."""
+        connection.wait([self.process.sentinel])
+
+
+def child(run: Run, config: str, command: str, share: Mapping[str, str], node: int = 0) -> Child:
     """A process that builds one run, in a session of its own: a signal is ours to pass on.
 
+    It is forked from one that has loaded what every run needs and has done nothing else.
     config: frozen; share: what of the environment is its own; node: the rank of this host among the run's.
     """
     with disk(run.log):
         run.log.mkdir(parents=True, exist_ok=True)
-        log = _console(run, node).open("ab")
-    with log:
-        begun = subprocess.Popen(
-            [sys.executable, "-m", "rlhf_cli.campaign", command],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **share, PARENT: f"{socket.gethostname()} {os.getpid()}"},
-            start_new_session=True,
-        )
-    assert begun.stdin is not None
-    with begun.stdin as pipe:
-        pipe.write(config.encode())
-    return begun
+        _console(run, node).touch()
+    # Has torch count GPUs without touching them, after which a forked process could not use them.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(PRELOADED)
+    environment = {**os.environ, **share, PARENT: f"{socket.gethostname()} {os.getpid()}"}
+    process = forks.Process(
+        target=_begin,
+        args=(config, command, str(_console(run, node).absolute()), environment, os.getcwd()),
+    )
+    process.start()
+    return Child(process)
 
 
-def _stop(children: Iterable[subprocess.Popen[bytes]]) -> None:
+def _begin(
+    config: str, command: str, console: str, environment: Mapping[str, str], folder: str
+) -> None:
+    """What a child does first: become one of its own, in its own folder and environment."""
+    os.setsid()
+    said = os.open(console, os.O_WRONLY | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    os.close(said)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    import torch
+
+    # It has read the variable already, as it was then.
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", cores())))
+    sys.exit(build(config, command))
+
+
+def _stop(children: Iterable[Process]) -> None:
     """Interrupt children, which then end their own workers; kill those that do not leave."""
     for sign in (signal.SIGINT, signal.SIGKILL):
         for child in children:
@@ -357,10 +421,10 @@ def _said(run: Run) -> str:
     return next((line for line in reversed(lines) if line.strip()), "")
 
 
-def main() -> int:
-    """A child: builds the one run whose frozen configuration is on stdin, and ends with who began it."""
+def build(config: str, command: str) -> int:
+    """Build the one run of a frozen configuration, and end with whom the environment names; the exit code."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit's, whose own process hears it for us
-    node = OmegaConf.create(sys.stdin.read())
+    node = OmegaConf.create(config)
     assert isinstance(node, DictConfig)
     try:
         from rlhf_cli.worker import end_with_driver
@@ -368,7 +432,7 @@ def main() -> int:
         end_with_driver(os.environ[PARENT])
         found = plan(node)
         set_deadline([found])
-        execute(found, sys.argv[1])
+        execute(found, command)
     except KeyboardInterrupt:
         return 130
     except Stopped as stopped:
@@ -378,7 +442,3 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

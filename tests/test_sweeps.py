@@ -595,7 +595,7 @@ def test_a_node_of_a_job_knows_the_others_and_its_own_rank(
 
     def child(run: Run, text: str, command: str, share: object, rank: int) -> Any:
         begun.append((OmegaConf.create(text).launch, rank))
-        return SimpleNamespace(poll=lambda: 1, pid=2**22 + 1)  # one that there cannot be
+        return SimpleNamespace(poll=lambda: 1, pid=2**22 + 1)  # a number that no process has
 
     monkeypatch.setattr(campaign, "child", child)
     node = config.compose(["algo=ppo", "launch=deepspeed", "launch.processes=4"])

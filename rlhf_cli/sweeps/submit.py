@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,7 +51,7 @@ class Build:
         """config: frozen; markers: files that all exist when nobody wants the run any more."""
         self.run, self.config, self.command = run, config, command
         self.markers = tuple(markers)
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: campaign.Child | None = None
 
     def __call__(self) -> None:
         """Raises Ended unless the run is done: who waits for this job waits for that."""
@@ -106,8 +105,7 @@ class Build:
                     run.stop_request.touch()  # a second signal, after the scheduler's, would end it at once
                 else:
                     os.kill(self._child.pid, signal.SIGTERM)
-                # Not Popen.wait: what this handler interrupts may hold its lock.
-                os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
+                self._child.lasts()
         return DelayedSubmission(Build(self.run, self.config, self.command, self.markers))
 
     def called_off(self) -> bool:
