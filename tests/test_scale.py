@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -108,11 +109,13 @@ def test_the_scripts_are_bash(root: Path) -> None:
         assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_has_nothing_to_say(root: Path) -> None:
-    files = [root / "scripts" / name for name in ("slurm.sh", "slurm_multi.sh")]
-    done = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
-    assert done.stdout == ""
+    tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert tool is not None
+    done = subprocess.run(
+        [tool, *sorted((root / "scripts").glob("*.sh"))], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def allotted(folder: Path, *command: str, nodes: int = 2) -> tuple[int, list[list[str]], str]:
@@ -186,6 +189,13 @@ def test_without_a_command_the_script_says_how_it_is_used(tmp_path: Path) -> Non
 def manifest() -> dict[str, dict[str, Any]]:
     """Its documents by kind."""
     return {each["kind"]: each for each in yaml.safe_load_all(MANIFEST.read_text())}
+
+
+def test_the_manifest_is_what_the_schema_of_the_api_allows(
+    manifest: dict[str, dict[str, Any]],
+) -> None:
+    for each in manifest.values():
+        kubernetes_validate.validate(each, kubernetes_validate.latest_version(), strict=True)
 
 
 def test_the_manifest_has_what_the_api_requires(manifest: dict[str, dict[str, Any]]) -> None:

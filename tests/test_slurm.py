@@ -87,13 +87,6 @@ def test_the_directives_ask_for_a_signal_ahead_of_the_limit_and_a_log_that_goes_
     assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
 
 
-def test_shellcheck_has_nothing_to_say() -> None:
-    if (tool := shutil.which("shellcheck")) is None:
-        pytest.skip("NOT TESTED: shellcheck is not here")
-    done = subprocess.run([tool, SCRIPT], capture_output=True, text=True, check=False)
-    assert done.stdout == "" and done.returncode == 0
-
-
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
 def test_the_code_of_a_command_that_ended_is_the_jobs(job: Callable[..., Job], code: int) -> None:
     assert job("bash", "-c", f"exit {code}").ended() == (code, "", [])
