@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol, cast
@@ -355,17 +355,22 @@ def child(run: Run, config: str, command: str, share: Mapping[str, str], node: i
     with disk(run.log):
         run.log.mkdir(parents=True, exist_ok=True)
         _console(run, node).touch()
-    # Has torch count GPUs without touching them, after which a forked process could not use them.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(PRELOADED)
+    load_ahead()
     environment = {**os.environ, **share, PARENT: f"{socket.gethostname()} {os.getpid()}"}
-    process = forks.Process(
+    process = multiprocessing.get_context("forkserver").Process(
         target=_begin,
         args=(config, command, str(_console(run, node).absolute()), environment, os.getcwd()),
     )
     process.start()
     return Child(process)
+
+
+def load_ahead() -> None:
+    """Have that process begin to load, which takes seconds, while this one goes on."""
+    # Has torch count GPUs without touching them, after which a forked process could not use them.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    forkserver.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
 
 
 def _begin(

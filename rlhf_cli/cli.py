@@ -199,6 +199,10 @@ def train(context: typer.Context) -> None:
 
     command = masked(shlex.join(["rlhf", "train", *context.args]))
     line = read(context.args)
+    if any(word.startswith("launch.slots=") for word in line.words):
+        from rlhf_cli import campaign
+
+        campaign.load_ahead()
     jobs = _planned(line)
     if not jobs:
         return
@@ -321,6 +325,8 @@ def figure(
     """Draw a figure of a paper and say whether its claim holds; without a name, list them."""
     from rlhf_cli import campaign, gallery
 
+    if run:
+        campaign.load_ahead()
     shown = gallery.exhibits(words or [gallery.EVERY])
     if not words:
         _console().print(gallery.table(shown))
