@@ -136,7 +136,7 @@ def _hosts(launch: Launch) -> Iterator[str]:
     given = {
         "include": launch.include,
         "exclude": launch.exclude,
-        "no_ssh": launch.no_ssh or None,
+        "no_ssh": "true" if launch.no_ssh else None,
         "node_rank": launch.node_rank,
         "master_addr": launch.master_addr,
     }

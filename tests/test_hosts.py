@@ -139,7 +139,7 @@ def test_what_hosts_cannot_do_is_said(hostfile: str, words: list[str], complaint
     [
         "launch.include=a",
         "launch.exclude=a",
-        "launch.no_ssh=True",
+        "launch.no_ssh=true",
         "launch.node_rank=0",
         "launch.master_addr=a",
     ],
