@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_type_hints
 
 from omegaconf import DictConfig, Node, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
@@ -216,14 +217,21 @@ def read(path: Path) -> DictConfig:
     if not isinstance(node, DictConfig):
         raise UserError(f"{path} holds no configuration; delete the run's folder and run again.")
     trust.check_frozen(OmegaConf.to_container(node, resolve=False), str(path))
-    shipped = compose([])
-    for name in HOW:
+    if any(name not in node or _fields(name) - node[name].keys() for name in HOW):
         # Frozen by a version that had less to say; what the run is stays as it was.
-        if name not in node:
-            node[name] = shipped[name]
-        elif name != "sampler":
-            node[name] = {**shipped[name], **node[name]}
+        shipped = compose([])
+        for name in HOW:
+            if name not in node:
+                node[name] = shipped[name]
+            elif name != "sampler":
+                node[name] = {**shipped[name], **node[name]}
     return node
+
+
+def _fields(name: str) -> set[str]:
+    """What a part of a recipe has to say; nothing of one that comes in several kinds."""
+    part = get_type_hints(Recipe)[name]
+    return {each.name for each in fields(part)} if is_pydantic_dataclass(part) else set()
 
 
 def recipe(node: DictConfig) -> Recipe:

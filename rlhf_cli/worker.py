@@ -307,9 +307,8 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[-1])
     if DRIVER in os.environ:
         end_with_driver(os.environ[DRIVER])
-    if (
-        "OMP_NUM_THREADS" not in os.environ
-    ):  # on a host that the driver's environment does not reach
+    if "OMP_NUM_THREADS" not in os.environ:
+        # On a host that the driver's environment does not reach.
         peers = int(os.environ.get("LOCAL_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // peers))
     try:
