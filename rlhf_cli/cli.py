@@ -17,7 +17,7 @@ import typer
 
 from rlhf_cli import __version__
 from rlhf_cli.errors import GO_ON, StageFailed, Stopped, UserError
-from rlhf_cli.printable import as_json, file_name, visible
+from rlhf_cli.printable import as_json, file_name, told, visible
 from rlhf_cli.secret import masked
 
 if TYPE_CHECKING:
@@ -144,10 +144,10 @@ def main(words: Sequence[str] | None = None) -> None:
     except (UserError, StageFailed, UsageError) as error:
         if "--debug" in words:
             raise
-        print(f"error: {_told(_sentence(error))}", file=sys.stderr)
+        print(f"error: {told(_sentence(error))}", file=sys.stderr)
         code = 1 if isinstance(error, StageFailed) else 2
     except Stopped as stopped:
-        print(f"stopped: {_told(str(stopped))}", file=sys.stderr)
+        print(f"stopped: {told(str(stopped))}", file=sys.stderr)
         code = GO_ON
     raise SystemExit(code)
 
@@ -161,11 +161,6 @@ def _say_files(files: Mapping[str, Path]) -> None:
     """What was written, by kind; a picture is called a figure."""
     for kind, path in files.items():
         _say(f"{'figure' if kind == 'png' else kind}: {path}")
-
-
-def _told(sentence: str) -> str:
-    """A sentence for the terminal: what servers, files and models had to say in it only shown, no secret."""
-    return masked(visible(sentence))
 
 
 def _sentence(error: Exception) -> str:
@@ -348,7 +343,7 @@ def figure(
         _say_files(files)
     if failures:
         print(f"error: {len(failures)} runs failed:", file=sys.stderr)
-        print("\n".join(f"  {one.path}: {_told(one.reason)}" for one in failures), file=sys.stderr)
+        print("\n".join(f"  {one.path}: {told(one.reason)}" for one in failures), file=sys.stderr)
         raise typer.Exit(1)
     if incomplete := [each for each in shown if each.missing]:
         if run and hours is not None:

@@ -345,7 +345,7 @@ def fitting(
     """
     for preset in LADDER:
         under = [(stage, preset.under(made, processes), scored) for stage, made, scored in stages]
-        if any(True for stage, made, _ in under if stage == "rl" for _ in placement(made)):
+        if any(list(placement(made)) for stage, made, _ in under if stage == "rl"):
             continue
         peak = max(of_stage(*each).peak for each in under)
         if peak <= gpu.memory:

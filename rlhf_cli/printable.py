@@ -10,6 +10,8 @@ import json
 import re
 from typing import Any
 
+from rlhf_cli.secret import masked
+
 _DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Characters without a picture that turn the direction of what follows."""
 _SURROGATES = range(0xD800, 0xE000)
@@ -30,6 +32,11 @@ _ESCAPES = {
 def visible(text: str) -> str:
     """The text with control characters and changes of direction shown as such; newlines stay."""
     return text.translate(_PICTURES)
+
+
+def told(sentence: str) -> str:
+    """A sentence for the terminal: what servers, files and models had to say in it only shown, no secret."""
+    return masked(visible(sentence))
 
 
 def on_one_line(text: str) -> str:

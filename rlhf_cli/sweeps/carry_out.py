@@ -24,8 +24,7 @@ from rlhf_cli.campaign import (
 )
 from rlhf_cli.errors import GO_ON, StageFailed, Stopped, UserError
 from rlhf_cli.plan import Plan, check_downloads, plan
-from rlhf_cli.printable import visible
-from rlhf_cli.secret import masked
+from rlhf_cli.printable import told, visible
 from rlhf_cli.store.run import Run
 from rlhf_cli.sweeps import index, search
 from rlhf_cli.sweeps.index import Job, Sweep
@@ -178,7 +177,7 @@ def _one_by_one(sweep: Sweep, pairs: Sequence[tuple[Job, Plan]]) -> list[Failure
                 traceback.print_exc()  # a fault of ours says where it was
                 said = f"{type(error).__name__}: {error}"
             failures.append(Failure(path, said))
-            print(f"error: {_told(said)}", file=sys.stderr)
+            print(f"error: {told(said)}", file=sys.stderr)
             continue
         print(visible(f"run: {path}"))
     return failures
@@ -202,7 +201,7 @@ def end(outcome: Outcome, command: str, console: Console) -> int:
         return GO_ON
     print(f"error: {len(failures)} of {len(sweep.jobs)} runs failed:", file=sys.stderr)
     for one in failures:
-        print(f"  {one.path}: {_told(one.reason)}", file=sys.stderr)
+        print(f"  {one.path}: {told(one.reason)}", file=sys.stderr)
     return 1
 
 
@@ -233,7 +232,3 @@ def cancel(sweep: Sweep) -> tuple[int, int]:
     for run in running:
         run.stop_request.touch()
     return len({job.key for job in left}), len(running)
-
-
-def _told(sentence: str) -> str:
-    return masked(visible(sentence))
