@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rlhf_cli import config
 from rlhf_cli.engine.stop import Stop
 from rlhf_cli.store.metrics import read
 from rlhf_cli.store.run import Run
@@ -203,3 +205,27 @@ def test_every_parent_goes_on_in_the_same_way(
         "it is trained again from its last checkpoint or the start, to the same weights",
         lost="the steps since its last checkpoint",
     )
+
+
+def test_a_configuration_of_a_version_that_had_less_to_say_is_filled_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped, file, composed = config.compose([]), tmp_path / "config.yaml", config.compose
+    calls: list[object] = []
+
+    def counted(*words: Any) -> Any:
+        calls.append(words)
+        return composed(*words)
+
+    monkeypatch.setattr(config, "compose", counted)
+    file.write_text(config.freeze(shipped))
+    assert (
+        config.read(file) == shipped and not calls
+    )  # every worker reads one: that must cost nothing
+    for lacking in (["launch", "slots"], ["sampler"], ["track"]):
+        older = composed([])
+        *path, last = lacking
+        del (older[path[0]] if path else older)[last]
+        file.write_text(config.freeze(older))
+        assert config.read(file) == shipped
+    assert len(calls) == 3
