@@ -2,7 +2,8 @@
 
 An estimate that no run on a GPU has confirmed; hours may well be off by a factor of two (docs/scale.md
 holds it against published ones). Every text is taken to be as long as `data.max_prompt_tokens` and
-`data.max_response_tokens` allow, which is too much for most. Left out: the time of optimiser steps and of
+`data.max_response_tokens` allow, which is too much for most, and every response to have a prompt of its own,
+though responses to one prompt may share it (`rlhf_cli.packing`). Left out: the time of optimiser steps and of
 offloading, the loading of weights and rows, judges that are no model of this process. Nothing is loaded and
 nothing fetched: shapes come from the table of `rlhf_cli.shapes` or a `config.json` that is already here.
 What memory it takes is in `rlhf_cli.memory`.
@@ -25,7 +26,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Literal
 
-from rlhf_cli import devices, hosts
+from rlhf_cli import devices, hosts, packing
 from rlhf_cli.devices import GPU, Precision
 from rlhf_cli.recipes import Classifier, Model
 from rlhf_cli.shapes import Shape, shape
@@ -196,6 +197,12 @@ class Desk:
     def gpu(self) -> GPU:
         """What each process has, or is taken to have."""
         return devices.named(self.made.launch.gpu)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it is taken to run on one: no GPU is named, and nobody needs any for the policy."""
+        small = shape(self.made.model, "model").parameters < SMALL
+        return self.made.launch.gpu is None and small
 
     @property
     def processes(self) -> int:
@@ -369,8 +376,8 @@ class Desk:
 
     def most(self, rows: float, group: int = 1) -> float:
         """Rows of a micro-batch, of so many that a minibatch has; group: how many stay together."""
-        limit = max(1, self.made.launch.micro_batch // group) * group
-        return min(limit, max(group, rows // self.processes))
+        mine, most = int(rows // self.processes), self.made.launch.micro_batch
+        return packing.largest(mine, most, group, self.on_cpu)
 
     def read(self, net: Net, rows: float, out: float) -> list[Work]:
         """A pass over given rows, and the gathering of what it is in shards of."""

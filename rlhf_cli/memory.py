@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from rlhf_cli import hosts
+from rlhf_cli import hosts, packing
 from rlhf_cli.checks import placement
 from rlhf_cli.cost import BYTES, FROZEN, JUDGES, Desk, Draw, Net
 from rlhf_cli.devices import GPU
@@ -139,14 +139,16 @@ class Hold:
         desk, made = self.desk, self.desk.made
         policy = desk.net("policy", made.model, learns=True)
         rows = desk.most(made.sft.batch)
-        return self._memory([policy], [], [desk.evaluation(policy)], rows, desk.length, desk.length)
+        return self._memory(
+            [policy], [], [desk.evaluation(policy)], rows, desk.length, desk.length, 1
+        )
 
     def reward(self) -> Memory:
         """The reward model, and at the end the policy that its scale is measured with."""
         desk, made = self.desk, self.desk.made
         scorer = desk.net("reward model", made.reward.model, learns=True, head=False)
         rows, draw = desk.most(2 * made.reward.batch, 2), desk.calibration()
-        found = self._memory([scorer], [], [draw], rows, 0, 0)
+        found = self._memory([scorer], [], [draw], rows, 0, 0, 2)
         (policy,), (drawing,) = draw.experts, self._drawn(draw).values()
         there = _weights(policy) / (desk.processes if self.launch.frozen == "sharded" else 1)
         return Memory((*found.parts, Part(policy.name, adds={"drawing": there + drawing})))
@@ -157,9 +159,11 @@ class Hold:
         nets = desk.cast(scored)
         frozen = [net for name, net in nets.items() if name in FROZEN]
         actors = [net for name, net in nets.items() if name not in FROZEN]
-        rows = desk.most(algo.update.batch // algo.update.minibatches, algo.sampling().responses)
+        group = algo.sampling().responses
+        rows = desk.most(algo.update.batch // algo.update.minibatches, group)
         logits = desk.reply * (1 + algo.wants_entropy() + ("Q" in nets))
-        found = self._memory(actors, frozen, desk.draws(nets, 1, 1), rows, logits, desk.reply)
+        draws = desk.draws(nets, 1, 1)
+        found = self._memory(actors, frozen, draws, rows, logits, desk.reply, group)
         if isinstance(sampler, Vllm) and sampler.url is None:
             return Memory((*found.parts, Part("vLLM", sampler.memory * desk.gpu.memory)))
         return found
@@ -172,33 +176,37 @@ class Hold:
         rows: float,
         logits: float,
         read: float,
+        group: int,
     ) -> Memory:
-        """All parts; rows: of a micro-batch; logits, read: formed of each to learn and to score."""
+        """All parts; rows: of a micro-batch; logits, read: formed of each to learn and to score.
+
+        group: rows that have their prompt in common.
+        """
         held = (self._drawn(draw, frozen) for draw in draws)
         drawn = max(held, key=lambda found: sum(found.values()))
         total = sum(net.parameters for net in actors)
         parts = []
         for net in actors:
-            adds: dict[Phase, float] = {"scoring": self._pass(net, read) + self._layers(net)}
+            adds: dict[Phase, float] = {"scoring": self._pass(net, read, group) + self._layers(net)}
             if net.name in drawn:
                 adds["drawing"] = drawn[net.name]
             if net.learned:
                 live = LIVE * net.parameters / total
-                adds |= self._learning(net, rows, logits if net.has_head else 0, live)
+                adds |= self._learning(net, rows, logits if net.has_head else 0, live, group)
             parts.append(self._learner(net, adds))
         if self.launch.zero == 3:
             whole = sum(_weights(net) for net in actors)
             on_host = self.launch.gather == "layers"
             parts.append(Part(COPIES, host_once=whole) if on_host else Part(COPIES, whole))
-        parts += [self._frozen(net, read, drawn.get(net.name, 0.0)) for net in frozen]
+        parts += [self._frozen(net, read, drawn.get(net.name, 0.0), group) for net in frozen]
         return Memory(tuple(parts))
 
-    def _frozen(self, net: Net, read: float, drawing: float) -> Part:
+    def _frozen(self, net: Net, read: float, drawing: float, group: int) -> Part:
         """A model that only answers, where the launch puts it; drawing: what it takes while there is any."""
         launch = self.launch
         shared = self.desk.made.model.tuning.lora is not None and launch.zero < 3
         weights = 0.0 if shared and net.name == "reference" else _weights(net)
-        adds: dict[Phase, float] = {"scoring": self._pass(net, read) + self._layers(net)}
+        adds: dict[Phase, float] = {"scoring": self._pass(net, read, group) + self._layers(net)}
         if drawing:
             adds["drawing"] = drawing
         if launch.frozen == "sharded" and net.name in JUDGES:
@@ -226,7 +234,9 @@ class Hold:
             return Part(net.name, weights, adds=adds, host=host)
         return Part(net.name, adds=adds, host=host + weights)
 
-    def _learning(self, net: Net, rows: float, logits: float, live: float) -> dict[Phase, float]:
+    def _learning(
+        self, net: Net, rows: float, logits: float, live: float, group: int
+    ) -> dict[Phase, float]:
         """What its backward pass over a micro-batch and its step add."""
         launch, number, zero = self.launch, BYTES[net.precision], self.launch.zero
         offloaded = launch.offload != "none"
@@ -235,29 +245,38 @@ class Hold:
         gathered = min(net.parameters, live) * number if zero == 3 else 0.0
         # Backwards through the logits first, then through one layer after another.
         tops = rows * logits * net.shape.vocab * LOGIT
-        inside = rows * self.desk.length * net.shape.flow * number
-        kept = self._kept(net, rows) + max(tops, inside)
+        tokens, columns = self._fed(net, group)
+        inside = rows * tokens * net.shape.flow * number
+        kept = self._kept(net, rows * tokens, columns) + max(tops, inside)
         steps = net.learned * (SCRATCH + self._master(net)) / (self.desk.processes if zero else 1)
         return {
             "learning": (0.0 if offloaded else gradients) + bucket + gathered + kept,
             "stepping": 0.0 if offloaded else gradients + steps,
         }
 
-    def _kept(self, net: Net, rows: float) -> float:
-        """Activations that a micro-batch keeps."""
+    def _fed(self, net: Net, group: int) -> tuple[float, float]:
+        """Tokens of a sequence that a row accounts for, and tokens of the whole one."""
+        prompt, reply = self.desk.prompt, self.desk.reply
+        each = 1
+        if self.launch.attention != "flash_attention_2":
+            each = packing.together(net.shape.width, int(prompt), int(reply), group)
+        return prompt / each + reply, prompt + each * reply
+
+    def _kept(self, net: Net, tokens: float, columns: float) -> float:
+        """Activations that a micro-batch of so many tokens keeps, in sequences of so many columns."""
         one, number, launch = net.shape, BYTES[net.precision], self.launch
-        tokens, layers = rows * self.desk.length, one.layers * net.depth
-        layer = one.kept + one.scores(launch.attention, number) * self.desk.length
+        layers = one.layers * net.depth
+        layer = one.kept + one.scores(launch.attention, number) * columns
         each = one.width * layers + layer if launch.checkpointing else layer * layers
         return tokens * each * number
 
-    def _pass(self, net: Net, out: float) -> float:
+    def _pass(self, net: Net, out: float, group: int) -> float:
         """Bytes of a pass over a micro-batch that keeps nothing; out: tokens of each row with logits."""
         one, number, rows = net.shape, BYTES[net.precision], self.launch.micro_batch
-        length = self.desk.length
-        inside = (one.flow + one.scores(self.launch.attention, number) * length) * number
+        tokens, columns = self._fed(net, group)
+        inside = (one.flow + one.scores(self.launch.attention, number) * columns) * number
         logits = out * one.vocab * READ[number] if net.has_head else 0.0
-        return rows * max(length * inside, logits)
+        return rows * max(tokens * inside, logits)
 
     def _drawn(self, draw: Draw, frozen: Sequence[Net] = ()) -> dict[str, float]:
         """Bytes by model while a process draws its responses, all at once.

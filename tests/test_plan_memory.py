@@ -114,13 +114,13 @@ def test_a_micro_batch_keeps_less_with_checkpointing_and_more_with_eager_attenti
     scores = 6 * 8 * 10 * 3 * 8 * 10 * 2  # 8 heads of 10 columns, 3 numbers each
     assert list(kept.values()) == [6 * LAYERS, inputs + LAYERS, 6 * LAYERS + scores]
     assert part(holds("reward"), "reward model").adds["learning"] == (
-        2 * SCORER + 6 * LAYERS + FLOW
+        2 * SCORER + (6 * LAYERS + FLOW) * 7 / 10  # the sides of a pair share their prompt of 6
     )
 
 
 def test_no_micro_batch_is_larger_than_a_process_has_responses() -> None:
     few = part(holds("rl", "algo=p3o_v2", *BUDGET, "launch.micro_batch=512"), "policy")
-    kept = 32 * (6 * 10 * 18 * 512 * 2 + 4 * 50304 * 12)  # 128 responses in 4 minibatches
+    kept = 32 * (6 * 7 * 18 * 512 * 2 + 4 * 50304 * 12)  # 128 responses in 4 minibatches
     assert few.adds["learning"] == 2 * WHOLE + kept
 
 
@@ -429,3 +429,14 @@ def test_the_peaks_of_a_nano_chain_are_within_15_percent(tmp_path: Path) -> None
     errors = {line[0]: float(line[-1].rstrip("%")) for line in lines if line[1] == "overall"}
     assert errors.keys() == {"sft", "reward", "rl"}
     assert all(abs(error) <= 15 for error in errors.values()), errors
+
+
+def test_a_prompt_that_responses_share_is_held_once_unless_the_kernel_cannot() -> None:
+    words = ("algo=rloo", "algo.responses=4", "launch.micro_batch=8", *BUDGET)
+    shared, apart = (
+        part(holds("rl", *words, *kernel), "policy").adds["learning"] - 2 * WHOLE
+        for kernel in [(), ("launch.attention=flash_attention_2",)]
+    )
+    logits, token = 8 * 4 * 50304 * 12, 6 * 18 * 512 * 2
+    assert shared == pytest.approx(logits + 8 * (6 / 4 + 4) * token)
+    assert apart == pytest.approx(logits + 8 * (6 + 4) * token)

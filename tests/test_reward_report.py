@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,26 +237,28 @@ def reward_model(tokenizer, precision: str = "fp32"):
 
 
 class ReadsPadding(Scorer):
-    def forward(self, tokens: Tensor, attention: Tensor, length: int | None = None) -> Tensor:
-        return super().forward(tokens, torch.ones_like(attention), length)
+    def forward(self, tokens: Tensor, attention: Tensor, *more: Any) -> Tensor:
+        return super().forward(tokens, torch.ones_like(attention), *more)
 
 
 class CountsPadding(Scorer):
     """Right padding is never seen, but left padding moves all positions: an embedding's, not a rotation's."""
 
-    def hidden(self, tokens: Tensor, attention: Tensor) -> Tensor:
+    def states(self, tokens: Tensor, attention: Tensor, *more: Any) -> Tensor:
         first = attention.long().argmax(-1)
-        return super().hidden(tokens, attention) + first.view(-1, 1, 1)
+        return super().states(tokens, attention, *more) + first.view(-1, 1, 1)
 
 
 class ReadsTheLastColumn(Scorer):
-    def forward(self, tokens: Tensor, attention: Tensor, length: int | None = None) -> Tensor:
-        return self.calibrated(self.model.score(self.hidden(tokens, attention)[:, -1]).squeeze(-1))
+    def forward(self, tokens: Tensor, attention: Tensor, *more: Any) -> Tensor:
+        wider = [torch.nn.functional.pad(x, (0, 1)) for x in (tokens, attention)]
+        last = self.states(*wider, tokens.shape[1])[:, -1]
+        return self.calibrated(self.model.score(last).squeeze(-1))
 
 
 class SeesItsNeighbours(Scorer):
-    def forward(self, tokens: Tensor, attention: Tensor, length: int | None = None) -> Tensor:
-        scores = super().forward(tokens, attention, length)
+    def forward(self, tokens: Tensor, attention: Tensor, *more: Any) -> Tensor:
+        scores = super().forward(tokens, attention, *more)
         return scores - scores.mean()
 
 

@@ -48,6 +48,23 @@ class Judges:
         return present([m for m in models if isinstance(m, nn.Module)], device)
 
 
+def laid_out(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    width: int,
+    longest: int,
+    pad: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens [N,L], attention [N,L] and mask [N,T] of given responses; L = width + longest, T = longest."""
+    left, real = left_pad(prompts, width, pad)
+    right = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros(len(prompts), longest)
+    for row, ids in enumerate(responses):
+        right[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = 1.0
+    return torch.cat([left, right], 1), torch.cat([real, mask.bool()], 1), mask
+
+
 @dataclass(frozen=True)
 class Asked:
     """A prompt, and the responses to it that are given rather than drawn."""
@@ -88,6 +105,12 @@ class Collector:
     """Coefficient of the entropy in the soft values of a Q network; None without one."""
     sampler: Sampler | None = None
     """Who draws from the policy; None is the trained model itself."""
+    reuse: bool = False
+    """Whether log-probabilities with which the trained model drew stand for those of a forward pass of its
+    own, which the same weights make the same but for rounding."""
+    old: bool = True
+    """Whether the policy is asked about the responses; else `logp_old` is nan, for whoever learns from all of
+    them in one step, which begins with that very pass."""
     together: bool = False
     """Whether some model's layers are gathered from all processes, so that these must draw in step."""
 
@@ -115,7 +138,8 @@ class Collector:
         tokens, attention, mask, *paid = answers
         drew = time.perf_counter()
         with self.judges.present(self.world.device):
-            said = self._ask(actor, tokens, attention, mask)
+            known = told.clone() if self._knows(sampling) else None
+            said = self._ask(actor, tokens, attention, mask, group, known)
             gap = self._gap(told, said["logp_old"])
             if paid:
                 said |= {"reward": paid[0], "score": paid[0].sum(-1)}
@@ -145,6 +169,11 @@ class Collector:
         if self.sampler is None or not (sampling.policy or sampling.greedy):
             return nullcontext()
         return self.sampler.holding(actor.policy)
+
+    def _knows(self, sampling: Sampling) -> bool:
+        """Whether what was drawn came with the policy's own log-probabilities, all of it."""
+        own = self.reuse and self.sampler is None and self.partner is None
+        return own and set(sampling.sources) == {"policy"}
 
     def _gap(self, told: Tensor, logp: Tensor) -> dict[str, float]:
         """Mean |log-probability of the sampler - that of the trainer|, both [n,T], over all processes.
@@ -196,7 +225,7 @@ class Collector:
             else:
                 ask = (prompts, len(places), rows, width, end, pad, temperature)
                 drawn = self._drawn(source, experts, ask)
-                if drawn.logp is not None:
+                if drawn.logp is not None and source == "policy":
                     told[:, places] = drawn.logp.unflatten(0, (len(asked), len(places)))
                 said = tuple(t.clone() for t in (drawn.tokens, drawn.attention, drawn.mask))
             split = [t.unflatten(0, (len(asked), len(places))) for t in said]
@@ -205,7 +234,7 @@ class Collector:
         given = [g for g, source in enumerate(sources) if source not in laws]
         for i, g in enumerate(given):
             responses = [each.given[i] for each in asked]
-            laid = self._laid_out(prompts, responses, width, pad)
+            laid = laid_out(prompts, responses, width, self.max_response_tokens, pad)
             # A demonstration of a task is a turn that nobody replied to: it was paid nothing.
             paid = () if self.partner is None else (torch.zeros_like(laid[2]),)
             parts[g] = tuple(t.to(self.world.device) for t in (*laid, *paid))
@@ -243,7 +272,9 @@ class Collector:
 
         converse(lines, self.partner, turns, self._encode, self._decode, uniform, end)
         prompts = [a.prompt for a in asked for _ in range(each)]
-        tokens, attention, mask = self._laid_out(prompts, [x.ids for x in lines], width, pad)
+        tokens, attention, mask = laid_out(
+            prompts, [x.ids for x in lines], width, self.max_response_tokens, pad
+        )
         paid = torch.zeros_like(mask)
         for row, line in enumerate(lines):
             length = len(line.ids)
@@ -277,44 +308,36 @@ class Collector:
             laws["mixture"] = [Expert(actor.policy, 1 - share), Expert(self.judges.ref, share)], at
         return laws
 
-    def _laid_out(
-        self,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        width: int,
-        pad: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens [P,L], attention [P,L] and mask [P,T] of given responses."""
-        left, real = left_pad(prompts, width, pad)
-        longest = self.max_response_tokens
-        right = torch.full((len(prompts), longest), pad)
-        mask = torch.zeros(len(prompts), longest)
-        for row, ids in enumerate(responses):
-            right[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = 1.0
-        return torch.cat([left, right], 1), torch.cat([real, mask.bool()], 1), mask
-
     def _ask(
-        self, actor: Actor, tokens: Tensor, attention: Tensor, mask: Tensor
+        self,
+        actor: Actor,
+        tokens: Tensor,
+        attention: Tensor,
+        mask: Tensor,
+        group: int,
+        known: Tensor | None,
     ) -> dict[str, Tensor]:
-        """[n,T] log-probabilities and values of this process's rows."""
-        batch = (tokens, attention, mask, self.micro_batch)
+        """[n,T] log-probabilities and values of this process's rows; known: those of the policy."""
+        batch = (tokens, attention, mask, self.micro_batch, group)
+        heat = self.drawing.temperature
         said = {
             name: per_token(
-                lambda r, m=model: log_probs(  # type: ignore[misc]
-                    m, r.tokens, r.attention, r.length, self.drawing.temperature
-                ),
+                lambda r, m=model: log_probs(m, *r.asked, temperature=heat),  # type: ignore[misc]
                 *batch,
             )
             for name, model in {
-                "logp_old": actor.policy,
+                "logp_old": actor.policy if known is None and self.old else None,
                 "logp_ref": self.judges.ref,
                 "logp_guide": self.judges.guide,
             }.items()
             if model is not None
         }
+        if known is not None:
+            said["logp_old"] = torch.where(mask.bool(), known, 0.0)
+        elif not self.old:
+            said["logp_old"] = torch.full_like(mask, torch.nan)
         if (critic := actor.critic) is not None:
-            said["value_old"] = per_token(lambda r: critic(r.tokens, r.attention, r.length), *batch)
+            said["value_old"] = per_token(lambda r: critic(*r.asked), *batch)
         elif self.soft_beta is not None:
             said["value_old"] = per_token(lambda r: self._soft_value(actor, r), *batch)
         return said
@@ -333,8 +356,8 @@ class Collector:
         if model is None and texts is None:
             return None
         if model is not None:
-            ask = (tokens, attention, mask, self.micro_batch)
-            score += self.judges.weight * per_row(lambda r: model(r.tokens, r.attention), *ask)
+            ask = (tokens, attention, mask, self.micro_batch, len(tokens) // len(asked))
+            score += self.judges.weight * per_row(lambda r: model(*r.asked), *ask)
         if texts is not None:
             each = len(tokens) // len(asked)
             prompts = [a.text for a in asked for _ in range(each)]
@@ -351,7 +374,8 @@ class Collector:
         if not answers:
             return zero
         pad = int(self.tokenizer.pad_token_id)
-        laid = self._laid_out([each.prompt for each in asked], answers, width, pad)
+        prompts = [each.prompt for each in asked]
+        laid = laid_out(prompts, answers, width, self.max_response_tokens, pad)
         score = self._score(actor, asked, *(t.to(self.world.device) for t in laid))
         assert score is not None
         return zero + score.repeat_interleave(group)
@@ -379,13 +403,12 @@ class Collector:
         """[n,T] sum_a pi(a|s) [ Qbar(s,a) - beta log(pi(a|s) / pi_ref(a|s)) ], Qbar the slow copy."""
         assert self.judges.ref is not None and actor.q_target is not None
         assert self.soft_beta is not None
-        ask = (rows.tokens, rows.attention, rows.length)
         heat = self.drawing.temperature
         logps, ref = (
-            (next_logits(m, *ask) / heat).float().log_softmax(-1)
+            (next_logits(m, *rows.asked) / heat).float().log_softmax(-1)
             for m in (actor.policy, self.judges.ref)
         )
-        q = next_logits(actor.q_target, *ask).float()
+        q = next_logits(actor.q_target, *rows.asked).float()
         return (logps.exp() * (q - self.soft_beta * (logps - ref))).sum(-1)
 
     def texts(self, rollout: Rollout) -> list[str]:

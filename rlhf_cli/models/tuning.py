@@ -151,6 +151,11 @@ class WithoutAdapters:
         """The model's."""
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        return self.model.dtype
+
 
 Policy: TypeAlias = PreTrainedModel | WithoutAdapters
 """What can be asked how likely a text is."""

@@ -128,8 +128,8 @@ class Evaluator:
         total = torch.zeros(len(tokens))
         with torch.no_grad():
             for part in in_parts(tokens, attention, mask, self.collector.micro_batch):
-                ask = (part.tokens, part.attention, part.length)
-                per_state = exact_kl(next_logits(actor.policy, *ask), next_logits(ref, *ask))
+                said = (next_logits(model, *part.asked) for model in (actor.policy, ref))
+                per_state = exact_kl(*said)
                 total[part.index] = (per_state * part.mask).sum(-1).float().cpu()
         return total
 

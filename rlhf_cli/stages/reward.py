@@ -14,7 +14,7 @@ What it is worth on the held-out pairs is told in `report.json` and drawn in `re
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TypeVar, cast
 
@@ -38,7 +38,7 @@ from rlhf_cli.models.tokenizer import load_tokenizer
 from rlhf_cli.models.tuning import tuned
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context
-from rlhf_cli.stages.supervised import Batch, fit, rehearsal, require, responses, right_padded
+from rlhf_cli.stages.supervised import Batch, after_prompts, fit, rehearsal, require, responses
 from rlhf_cli.store.files import atomic_write
 
 T = TypeVar("T")
@@ -68,10 +68,10 @@ def main(ctx: Context) -> None:
     learner = Learner(scorer, recipe.optim, steps, ctx.recipe.launch, ctx.world, precision)
 
     def collate(index) -> Batch:  # type: ignore[no-untyped-def]
-        return right_padded(_sides(rows[i] for i in index), pad, on_prompt=True)
+        return after_prompts([rows[i] for i in index], pad)
 
     def judge(part: Rows, counts: Mapping[int, float]) -> Judged:
-        chosen, rejected = learner.engine(part.tokens, part.attention).view(-1, 2).unbind(1)
+        chosen, rejected = learner.engine(*part.asked).view(-1, 2).unbind(1)
         gap = chosen - rejected
         return Judged(
             {"policy": -logsigmoid(gap)}, {"accuracy": (gap > 0).float()}, part.mask, counts
@@ -80,7 +80,7 @@ def main(ctx: Context) -> None:
     def evaluate(last: bool) -> dict[str, float]:
         pairs = heldout if last else heldout[: ctx.recipe.eval.prompts]
         with learner.whole() as whole:
-            scores = _scores(ctx, whole, _sides(pairs), pad)
+            scores = _scores(ctx, whole, pairs, pad)
         gap = scores[0::2] - scores[1::2]
         low, high = proportion_interval(int((gap > 0).sum()), len(gap))
         return {
@@ -90,8 +90,7 @@ def main(ctx: Context) -> None:
             "eval/accuracy_high": high,
         }
 
-    part = rehearsal(ctx, 2 * recipe.batch)
-    learner.rehearse(part.tokens, part.attention)
+    learner.rehearse(*rehearsal(ctx, 2 * recipe.batch, data.max_prompt_tokens, 2).asked)
     fit(
         ctx, learner, len(rows), recipe.batch, recipe.seed, collate, judge,
         lambda mask: {1: float(recipe.batch)}, evaluate, group=2,
@@ -111,28 +110,21 @@ def main(ctx: Context) -> None:
             figure.write(worth, ctx.run.path.name, ctx.run.report_path.with_suffix(""))
 
 
-def _sides(pairs: Iterable[tuple[list[int], ...]]) -> list[tuple[list[int], list[int]]]:
-    """(prompt, chosen), (prompt, rejected) of each pair."""
-    return [(prompt, side) for prompt, *both in pairs for side in both]
-
-
-def _scores(ctx: Context, scorer: torch.nn.Module, sides: list, pad: int) -> Tensor:
-    """[N] scores of (prompt ids, response ids) rows."""
-    tokens, attention, mask = (
-        t.to(ctx.world.device) for t in right_padded(sides, pad, on_prompt=True)
-    )
-    most = ctx.recipe.launch.micro_batch
-    return per_row(lambda part: scorer(part.tokens, part.attention), tokens, attention, mask, most)
+def _scores(ctx: Context, scorer: torch.nn.Module, rows: Sequence, pad: int) -> Tensor:
+    """[N] scores of the responses of (prompt ids, response ids, ...) rows."""
+    tokens, attention, mask = (t.to(ctx.world.device) for t in after_prompts(rows, pad))
+    most, group = ctx.recipe.launch.micro_batch, len(rows[0]) - 1
+    return per_row(lambda part: scorer(*part.asked), tokens, attention, mask, most, group)
 
 
 def _report(
     ctx: Context, scorer: Scorer, train: Encoded, heldout: Encoded, pad: int, scale: float
 ) -> Report:
     """What the calibrated model is worth; scale: logits in a unit of its score."""
-    sides = _sides(heldout)
-    alone = [_scores(ctx, scorer, [side], pad) for side in sides[:SCORED_ALONE]]
+    some = [(prompt, side) for prompt, *both in heldout[: SCORED_ALONE // 2] for side in both]
+    alone = [_scores(ctx, scorer, [row], pad) for row in some]
     held = Scored(
-        scores=_scores(ctx, scorer, sides, pad).view(-1, 2).double().cpu().numpy(),
+        scores=_scores(ctx, scorer, heldout, pad).view(-1, 2).double().cpu().numpy(),
         lengths=heldout.lengths[:, 1:],
         subsets=[pair.subset for pair in ctx.corpus.heldout.pairs],
         scale=scale,

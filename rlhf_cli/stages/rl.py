@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_cli.core.algorithm import Model, Targets, Terms
+from rlhf_cli.core.algorithm import Algorithm, Defaults, Model, Targets, Terms
 from rlhf_cli.core.masked import denominators
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.data.tokens import Encoder
@@ -55,6 +55,8 @@ def main(ctx: Context) -> None:
     if Model.REWARD not in algo.needs:
         collector = unscored
     beside = replace(unscored, learned_reward=False)
+    # In half precision, rounding of a token by token and of a whole pass are too far apart.
+    collector = replace(collector, reuse=ctx.recipe.model.precision == "fp32", old=not waits(algo))
     encoder = Encoder.of(collector.tokenizer, ctx.recipe.data)
     main_feed, side_feed = (
         Feed(ctx.corpus, encoder, stream, ctx.recipe.seed, relative)
@@ -70,7 +72,8 @@ def main(ctx: Context) -> None:
     if found is None:
         _evaluate(ctx, evaluator, learner, 0, meter.row())
         with learner.whole() as actor:
-            check_drawing(collector, actor, main_feed.batch(prompts_each, 0))  # type: ignore[arg-type]
+            tried = replace(collector, old=True)
+            check_drawing(tried, actor, main_feed.batch(prompts_each, 0))  # type: ignore[arg-type]
     state = meter.restore(replay.restore(found or {}, sampling.sources))
 
     def kept() -> dict[str, Tensor]:
@@ -125,6 +128,17 @@ def main(ctx: Context) -> None:
             checkpoint.save_final(ctx.run.final, actor.policy, collector.tokenizer, model_card(ctx))
 
 
+def waits(algo: Algorithm) -> bool:
+    """Whether log pi_old can wait for the first pass of learning, which then need not be made twice.
+
+    So it is where nothing looks at it before, and where no step moves the policy between the two.
+    """
+    update, given = algo.update, {"dataset", "mismatch", "demo"}
+    prepares = type(algo).prepare is not Defaults.prepare
+    once = update.epochs * update.minibatches == 1 and algo.replayed() == 1
+    return once and not prepares and set(algo.sampling().sources) <= given
+
+
 @dataclass(frozen=True)
 class Stream:
     """What one of an algorithm's two losses is computed on."""
@@ -173,10 +187,9 @@ def _rehearse(ctx: Context, learner: Learner) -> None:
     """Makes sure that the largest micro-batch there may be fits into memory."""
     algo, data = ctx.recipe.algo, ctx.recipe.data
     group, share = algo.sampling().responses, algo.update.batch // algo.update.minibatches
-    most = min(ctx.recipe.launch.micro_batch, share // ctx.world.size)
-    rows = max(group, most // group * group)
-    part = longest(rows, data.max_prompt_tokens, data.max_response_tokens, ctx.world.device)
-    learner.rehearse(part.tokens, part.attention, part.length)
+    sizes = (data.max_prompt_tokens, data.max_response_tokens)
+    mine, most = share // ctx.world.size, ctx.recipe.launch.micro_batch
+    learner.rehearse(*longest(mine, most, *sizes, ctx.world.device, group).asked)
 
 
 def _step(
@@ -228,12 +241,14 @@ def _judge(
     some = part.index[::group] // group
     view = stream.rollout.take(some).trim(part.length)
     now = _now(learner, collector, part, view, ctx.recipe.rollout.temperature)
+    if not collector.old:
+        view = replace(view, logp_old=now.logp.detach())
     if stream.second:
         return Judged(_kept(algo.side_loss(now, view), only), {}, view.mask, counts)
     aim = stream.targets.take(some).trim(part.length)
     loss = _kept(algo.loss(now, view, aim), only)
     with torch.no_grad():
-        watch = {**algo.watch(now, view, aim), "log_ratio": _log_ratio(now, view)}
+        watch = {**algo.watch(now, view, aim), "log_ratio": _log_ratio(now, view), "kl": _kl(view)}
     return Judged(loss, watch, view.mask, counts)
 
 
@@ -241,12 +256,12 @@ def _now(
     learner: Learner, collector: Collector, part: Rows, view: Rollout, temperature: float
 ) -> Forward:
     """The forward pass of a micro-batch, laid out as [P,G,...]."""
-    said: dict[str, Tensor] = learner.engine(part.tokens, part.attention, part.length)
+    said: dict[str, Tensor] = learner.engine(*part.asked)
     if "q" in said:
         ref = collector.judges.ref
         assert ref is not None
         with torch.no_grad():
-            logits = next_logits(ref, part.tokens, part.attention, part.length)
+            logits = next_logits(ref, *part.asked)
         said["logps_ref"] = (logits / temperature).float().log_softmax(-1)
     laid = {name: x.unflatten(0, view.mask.shape[:2]) for name, x in said.items()}
     masked = {name: x * view.mask if x.dim() == 3 else x for name, x in laid.items()}
@@ -265,12 +280,18 @@ def _log_ratio(now: Forward, view: Rollout) -> Tensor:
     return sequence_sum(now.logp - view.logp_old, view.mask).abs()
 
 
+def _kl(rollout: Rollout) -> Tensor:
+    """[P,G] log pi_old - log pi_ref of each response."""
+    assert rollout.logp_ref is not None
+    return sequence_sum(rollout.logp_old - rollout.logp_ref, rollout.mask)
+
+
 def _row(collector: Collector, rollout: Rollout, steps: list[dict[str, float]]) -> dict[str, float]:
     """What a rollout and its optimiser steps looked like on average; those left out do not count."""
     steps = [each for each in steps if math.isfinite(each["grad_norm"])] or steps
     row = {f"train/{k}": sum(s[k] for s in steps) / len(steps) for k in steps[0]}
-    assert rollout.logp_ref is not None
-    row["train/kl"] = float(sequence_sum(rollout.logp_old - rollout.logp_ref, rollout.mask).mean())
+    if collector.old:  # of what was drawn, whatever was learned from
+        row["train/kl"] = float(_kl(rollout).mean())
     if rollout.score is not None:
         row["train/reward"] = float(rollout.score.mean())
     row["train/length"] = float(rollout.mask.sum(-1).mean())

@@ -25,7 +25,15 @@ from rlhf_cli.models.tokenizer import tokenizer_of
 from rlhf_cli.models.tuning import tuned
 from rlhf_cli.stages.card import model_card
 from rlhf_cli.stages.context import Context
-from rlhf_cli.stages.supervised import Batch, fit, rehearsal, require, responses, right_padded
+from rlhf_cli.stages.supervised import (
+    Batch,
+    after_prompts,
+    fit,
+    rehearsal,
+    require,
+    responses,
+    whole_texts,
+)
 
 
 def main(ctx: Context) -> None:
@@ -50,27 +58,26 @@ def main(ctx: Context) -> None:
     )
 
     def collate(index) -> Batch:  # type: ignore[no-untyped-def]
-        return right_padded([rows[i] for i in index], pad, recipe.loss_on_prompt)
+        some = [rows[i] for i in index]
+        return whole_texts(some, pad) if recipe.loss_on_prompt else after_prompts(some, pad)
 
     def judge(part: Rows, counts: Mapping[int, float]) -> Judged:
-        logp = learner.engine(part.tokens, part.attention, part.length)["logp"]
+        logp = learner.engine(*part.asked)["logp"]
         return Judged({"policy": -logp.unsqueeze(1)}, {}, part.mask.unsqueeze(1), counts)
 
     def evaluate(last: bool) -> dict[str, float]:
         some = heldout if last else heldout[: ctx.recipe.eval.prompts]
-        tokens, attention, mask = (
-            t.to(ctx.world.device) for t in right_padded(some, pad, on_prompt=False)
-        )
+        tokens, attention, mask = (t.to(ctx.world.device) for t in after_prompts(some, pad))
         with learner.whole() as actor:
             logp = per_token(
-                lambda part: actor(part.tokens, part.attention, part.length)["logp"],
+                lambda part: actor(*part.asked)["logp"],
                 tokens, attention, mask, ctx.recipe.launch.micro_batch,
             )  # fmt: skip
             ending = _ending(ctx, cast(Actor, actor), tokenizer) if last else {}
         return {"eval/loss": float(-logp.sum() / mask.sum()), **ending}
 
-    part = rehearsal(ctx, recipe.batch)
-    learner.rehearse(part.tokens, part.attention, part.length)
+    prompt = 1 if recipe.loss_on_prompt else data.max_prompt_tokens
+    learner.rehearse(*rehearsal(ctx, recipe.batch, prompt).asked)
     fit(
         ctx, learner, len(rows), recipe.batch, recipe.seed, collate, judge,
         lambda mask: denominators(mask.unsqueeze(1)), evaluate,

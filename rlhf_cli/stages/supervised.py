@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,30 +16,28 @@ from rlhf_cli.engine.forward import Rows, in_parts, longest
 from rlhf_cli.engine.learner import Judged, Learner
 from rlhf_cli.engine.order import batch_at
 from rlhf_cli.engine.placement import in_step
-from rlhf_cli.engine.rollout import Asked, Collector, Judges
+from rlhf_cli.engine.rollout import Asked, Collector, Judges, laid_out
 from rlhf_cli.errors import UserError
 from rlhf_cli.models.heads import Actor
 from rlhf_cli.stages.context import Context
 
 Batch = tuple[Tensor, Tensor, Tensor]
-"""tokens [N,L], attention [N,L], mask [N,L-1]."""
+"""tokens [N,L], attention [N,L], mask [N,T] of the last T columns."""
 
 
-def right_padded(rows: Sequence[tuple[Sequence[int], ...]], pad: int, on_prompt: bool) -> Batch:
-    """Lays (prompt ids, response ids) out from the left; the mask covers the tokens to be learned.
+def whole_texts(rows: Sequence[tuple[Sequence[int], ...]], pad: int) -> Batch:
+    """Each (prompt ids, response ids) as one text to be learned but for its first token."""
+    texts = [[*prompt, *response] for prompt, response in rows]
+    longest = max(map(len, texts)) - 1
+    return laid_out([text[:1] for text in texts], [text[1:] for text in texts], 1, longest, pad)
 
-    Column i of the mask is token i+1: the first token of a text has nothing before it.
-    """
-    width = max(len(prompt) + len(response) for prompt, response in rows)
-    tokens = torch.full((len(rows), width), pad)
-    attention = torch.zeros((len(rows), width), dtype=torch.bool)
-    mask = torch.zeros((len(rows), width - 1))
-    for row, (prompt, response) in enumerate(rows):
-        ids = torch.tensor([*prompt, *response])
-        tokens[row, : len(ids)] = ids
-        attention[row, : len(ids)] = True
-        mask[row, 0 if on_prompt else len(prompt) - 1 : len(ids) - 1] = 1.0
-    return tokens, attention, mask
+
+def after_prompts(rows: Sequence[tuple[Sequence[int], ...]], pad: int) -> Batch:
+    """Each prompt with its first response, its second, and so on in rows beside each other."""
+    prompts = [prompt for prompt, *behind in rows for _ in behind]
+    replies = [reply for _, *behind in rows for reply in behind]
+    width, longest = (max(map(len, texts)) for texts in (prompts, replies))
+    return laid_out(prompts, replies, width, longest, pad)
 
 
 def fit(
@@ -94,11 +91,12 @@ def fit(
         ctx.between_steps(learner, dict)
 
 
-def rehearsal(ctx: Context, rows: int) -> Rows:
-    """The largest micro-batch there may be when a batch has so many rows."""
-    data, most = ctx.recipe.data, min(ctx.recipe.launch.micro_batch, rows // ctx.world.size)
+def rehearsal(ctx: Context, rows: int, prompt: int, group: int = 1) -> Rows:
+    """The largest micro-batch there may be when a batch has so many rows, each with such a prompt."""
+    data, most = ctx.recipe.data, ctx.recipe.launch.micro_batch
     whole = data.max_prompt_tokens + data.max_response_tokens
-    return longest(most, 1, whole - 1, ctx.world.device)
+    mine = rows // ctx.world.size
+    return longest(mine, most, prompt, whole - prompt, ctx.world.device, group)
 
 
 def responses(

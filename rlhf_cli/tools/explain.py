@@ -110,7 +110,7 @@ def score(
     """[T] log-probability of each token of a response."""
     tokens = torch.tensor([[*prompt, *response]], device=model.device)
     seen = torch.ones_like(tokens, dtype=torch.bool)
-    return log_probs(model, tokens, seen, len(response), temperature)[0].cpu()
+    return log_probs(model, tokens, seen, len(response), temperature=temperature)[0].cpu()
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
