@@ -274,10 +274,10 @@ OTHERWISE = "responses are not drawn from the policy that is trained: the random
 LATER = "responses are not learned from as they were drawn: the log-probabilities of their tokens"
 
 
-def top_p(share: float) -> Callable[[Tensor, Tensor], Tensor]:
+def top_p(share: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     whole = sampler.inverse_cdf
 
-    def cut(logits: Tensor, uniform: Tensor) -> Tensor:
+    def cut(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         chances, order = logits.float().softmax(-1).sort(-1, descending=True)
         kept = torch.zeros_like(chances, dtype=torch.bool)
         kept.scatter_(-1, order, chances.cumsum(-1) - chances < share)
@@ -286,8 +286,11 @@ def top_p(share: float) -> Callable[[Tensor, Tensor], Tensor]:
     return cut
 
 
-def heated(logits: Tensor, uniform: Tensor, whole: Any = sampler.inverse_cdf) -> Tensor:
-    return whole(logits / 0.9, uniform)
+def heated(
+    logits: Tensor, uniform: Tensor, whole: Any = sampler.inverse_cdf
+) -> tuple[Tensor, Tensor]:
+    picked: tuple[Tensor, Tensor] = whole(logits / 0.9, uniform)
+    return picked
 
 
 @pytest.mark.parametrize(
@@ -310,19 +313,19 @@ def test_responses_that_are_drawn_otherwise_than_trained_are_found_by_their_rand
 def test_a_sampler_with_stale_weights_or_that_reads_padding_is_found(
     refusal: Refusal, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    draw, step = sampler.draw, sampler._step
+    draw, reader = sampler.draw, sampler.reader
 
     def stale(experts: list[Expert], *given: Any, **more: Any) -> sampler.Draw:
         model: Policy = perturbed(copy.deepcopy(experts[0].model), 0.05)
         return draw([Expert(model)], *given, **more)
 
-    def blind(experts: list[Expert], ids: Tensor, attention: Tensor, caches: Any) -> Tensor:
-        return step(experts, ids, torch.ones_like(attention), caches)
+    def blind(model: Policy, ids: Tensor, real: Tensor, *given: Any) -> Any:
+        return reader(model, ids, torch.ones_like(real), *given)
 
     monkeypatch.setattr(rollout, "draw", stale)
     assert refusal().startswith(OTHERWISE)
     monkeypatch.setattr(rollout, "draw", draw)
-    monkeypatch.setattr(sampler, "_step", blind)
+    monkeypatch.setattr(sampler, "reader", blind)
     assert refusal().startswith(OTHERWISE)
     fault(
         "the sampler has older weights than the learner, or reads the padding before a prompt",

@@ -4,7 +4,7 @@ The loop is our own for one reason: a response must depend on the policy, the pr
 numbers, and on nothing else. Each row brings its uniforms (keyed by seed, step and row), and a token is
 the inverse of the cumulative distribution at its uniform. So neither the number of processes nor what
 else is in the batch changes what is drawn, and a resumed run draws what the uninterrupted one would
-have. Prompts are prefilled once for all their responses; keys and values go into buffers in place.
+have. Prompts are read once for all their responses (`engine.reader`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 
 from rlhf_cli.engine import pulse
-from rlhf_cli.models.heads import positions
+from rlhf_cli.engine.reader import reader, split
 from rlhf_cli.models.tuning import Policy
 
 DROP_SHARE = 0.25
@@ -47,8 +46,13 @@ class Draw:
     mask: Tensor
     """[N,T] float, 1 up to and including the end token."""
     logp: Tensor | None = None
-    """[N,T] log-probabilities as whoever drew has them, nats, inf where nothing was drawn; None if it is the
-    trained model itself."""
+    """[N,T] log-probabilities as whoever drew has them, nats, inf where nothing was drawn; None where a draw
+    is no sample of one model's distribution."""
+
+    def taken(self, rows: Tensor) -> Draw:
+        """The draw of some rows, in their order."""
+        logp = None if self.logp is None else self.logp[rows]
+        return Draw(self.tokens[rows], self.attention[rows], self.mask[rows], logp)
 
 
 class Sampler(Protocol):
@@ -118,7 +122,7 @@ def draw(
     # What is gathered layer by layer is needed by autograd afterwards.
     with torch.inference_mode() if all_ended is None else torch.no_grad():
         asked = (experts, prompts, responses, uniform, width, end, pad, temperature)
-        return _drawn(*asked, all_ended or bool)
+        return _drawn(*asked, all_ended)
 
 
 def _drawn(
@@ -130,141 +134,83 @@ def _drawn(
     end: int,
     pad: int,
     temperature: float,
-    all_ended: Callable[[bool], bool],
+    all_ended: Callable[[bool], bool] | None,
 ) -> Draw:
     device = experts[0].model.device
     rows, longest = uniform.shape
-    tokens = torch.full((rows, width + longest), pad, device=device)
-    attention = torch.zeros((rows, width + longest), dtype=torch.bool, device=device)
-    ids, real = (t.to(device) for t in left_pad(prompts, width, pad))
-    tokens[:, :width] = ids.repeat_interleave(responses, 0)
-    attention[:, :width] = real.repeat_interleave(responses, 0)
-    uniform = uniform.to(device)
+    order = torch.tensor([len(ids) for ids in prompts]).argsort(descending=True, stable=True)
+    place = (order.unsqueeze(-1) * responses + torch.arange(responses)).flatten()
+    uniform = uniform[place].to(device)
+    ordered = [prompts[i] for i in order.tolist()]
+    # Processes that gather layers together must make as many passes as each other.
+    cut = split([len(ids) for ids in ordered]) if all_ended is None else 0
 
-    cache = [
-        BufferCache(e.model.config.get_text_config().num_hidden_layers, width + longest)
-        for e in experts
-    ]
-    logits = _step(experts, ids, real, cache)
-    for each in cache:
-        each.repeat(responses)
+    ids, real = (t.to(device) for t in left_pad(ordered, width, pad))
+    readers = [reader(e.model, ids, real, cut, responses, longest) for e in experts]
+    logits = _product(experts, [each.read() for each in readers])
     logits = logits.repeat_interleave(responses, 0)
+    response = torch.full((rows, longest), pad, device=device)
+    logp = torch.full((rows, longest), torch.inf, device=device)
     alive = torch.arange(rows, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for t in range(longest):
         pulse.beat()
-        column = width + t
         if temperature == 0:
             chosen = logits.argmax(-1)
         else:
-            chosen = inverse_cdf(logits / temperature, uniform[alive, t])
-        tokens[alive, column] = chosen
-        attention[alive, column] = True
+            heated = logits if temperature == 1 else logits / temperature
+            chosen, logp[alive, t] = inverse_cdf(heated, uniform[alive, t])
+        response[alive, t] = chosen
         ended = ended | (chosen == end)
-        if t + 1 == longest or all_ended(bool(ended.all())):
+        count = int(ended.sum())
+        over = count == len(ended)
+        if t + 1 == longest or (over if all_ended is None else all_ended(over)):
             break
-        if ended.float().mean() >= DROP_SHARE:
+        if count >= DROP_SHARE * len(ended):
             keep = (~ended).nonzero().squeeze(-1)
-            if len(keep) == 0:  # others draw on, and this process with them
+            if over:  # others draw on, and this process with them
                 keep = alive.new_zeros(1)
-            for each in cache:
+            for each in readers:
                 each.select(keep)
             alive, chosen, ended = alive[keep], chosen[keep], ended[keep]
-        logits = _step(experts, chosen.unsqueeze(-1), attention[alive, : column + 1], cache)
-    return _cut_after_end(tokens, attention, width, end, pad)
+        logits = _product(experts, [each.step(chosen.unsqueeze(-1)) for each in readers])
+    sampled = len(experts) == 1 and temperature > 0
+    tokens = torch.cat([ids.repeat_interleave(responses, 0), response], 1)
+    drawn = _cut_after_end(
+        tokens, real.repeat_interleave(responses, 0), logp if sampled else None, width, end, pad
+    )
+    return drawn.taken(place.argsort().to(device))
 
 
-def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
-    """[N] the first token whose cumulative probability exceeds uniform [N]; logits [N,V].
+def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] the first token whose cumulative probability exceeds uniform [N], and [N] its log-probability.
 
-    Softmax and cumulative sum are fp32; the draw is scaled by the sum, so rounding cannot fall off the
-    end of the vocabulary.
+    logits: [N,V]. Softmax and cumulative sum are fp32; the draw is scaled by the sum, so rounding cannot fall
+    off the end of the vocabulary.
     """
-    cumulative = logits.float().softmax(-1).cumsum(-1)
+    chance = logits.float().softmax(-1)
+    cumulative = chance.cumsum(-1)
     point = (uniform * cumulative[:, -1]).unsqueeze(-1)
-    picked = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
-    return picked.clamp_max(logits.shape[-1] - 1)
+    picked = torch.searchsorted(cumulative, point, right=True).clamp_max(logits.shape[-1] - 1)
+    likely = chance.gather(-1, picked).clamp_min(torch.finfo(chance.dtype).tiny)
+    return picked.squeeze(-1), likely.log().squeeze(-1)
 
 
-def _step(
-    experts: Sequence[Expert], ids: Tensor, attention: Tensor, caches: Sequence[Cache]
-) -> Tensor:
-    """[N,V] logits of the next token after feeding `ids` [N,n]; attention covers all seen so far."""
-    place = positions(attention)[:, -ids.shape[1] :]
-    said = [
-        expert.model(
-            input_ids=ids,
-            attention_mask=attention.long(),
-            position_ids=place,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        for expert, cache in zip(experts, caches, strict=True)
-    ]
+def _product(experts: Sequence[Expert], said: Sequence[Tensor]) -> Tensor:
+    """[N,V] logits of the product of what experts say, each [N,V]."""
     if len(said) == 1 and experts[0].weight == 1.0:
         return said[0]
     weighted = [e.weight * x.float().log_softmax(-1) for e, x in zip(experts, said, strict=True)]
     return torch.stack(weighted).sum(0)
 
 
-def _cut_after_end(tokens: Tensor, attention: Tensor, width: int, end: int, pad: int) -> Draw:
-    """Wipes what follows the first end token of each row."""
+def _cut_after_end(
+    tokens: Tensor, real: Tensor, logp: Tensor | None, width: int, end: int, pad: int
+) -> Draw:
+    """Wipes what follows the first end token of each row; real: of the prompts."""
     response = tokens[:, width:]
-    ended = (response == end) & attention[:, width:]
-    after = ended.long().cumsum(-1) - ended.long() > 0
-    mask = attention[:, width:] & ~after
+    ended = response == end
+    mask = ended.long().cumsum(-1) - ended.long() == 0
     tokens[:, width:] = torch.where(mask, response, pad)
-    attention[:, width:] = mask
-    return Draw(tokens, attention, mask.float())
-
-
-class BufferLayer(DynamicLayer):
-    """Keys and values of one layer in buffers of fixed capacity: no concatenation per token."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity, self.filled = capacity, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes the buffers once the first states tell their shape."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        shape = (*key_states.shape[:2], self.capacity)
-        self.keys = key_states.new_empty((*shape, key_states.shape[-1]))
-        self.values = value_states.new_empty((*shape, value_states.shape[-1]))
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Appends [N,heads,n,d] states and returns all that are filled, as views."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, self.filled = self.filled, self.filled + key_states.shape[-2]
-        self.keys[:, :, start : self.filled] = key_states
-        self.values[:, :, start : self.filled] = value_states
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
-
-    def get_seq_length(self, *args: object) -> int:
-        """Columns filled so far."""
-        return self.filled
-
-
-class BufferCache(Cache):
-    """One `BufferLayer` per layer of the model."""
-
-    def __init__(self, layers: int, capacity: int) -> None:
-        super().__init__(layers=[BufferLayer(capacity) for _ in range(layers)])
-
-    def repeat(self, times: int) -> None:
-        """Gives each row `times` copies of its keys and values."""
-        if times > 1:
-            self._map(lambda x: x.repeat_interleave(times, 0))
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps some rows only."""
-        self._map(lambda x: x.index_select(0, rows))
-
-    def _map(self, change):  # type: ignore[no-untyped-def]
-        for layer in self.layers:
-            layer.keys, layer.values = change(layer.keys), change(layer.values)
+    said = None if logp is None else torch.where(mask, logp, torch.inf)
+    return Draw(tokens, torch.cat([real, mask], 1), mask.float(), said)
