@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -35,6 +37,18 @@ class Revised(P3O):
 
 def planned(*words: str) -> Plan:
     return plan(compose(words))
+
+
+def test_a_plan_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\n"
+        "from rlhf_cli.cli import main\n"
+        "try: main(['plan', 'algo=p3o_v2', 'data=hh'])\n"
+        "except SystemExit as left: assert not left.code, left\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @cache

@@ -28,18 +28,20 @@ the one runs ahead of the other is reward_lr against lr.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.groups import leave_one_out
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.core.shaping import sequence_reward
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -87,14 +89,17 @@ class AIHF(Defaults):
         logp = sequence_sum(now.logp, rollout.mask)[:, drawn]
         gap = self._gap(now, rollout)
         linear = self.demo_loss == "linear"
-        demo = (-gap / self.beta if linear else -logsigmoid(gap)).mean(-1)
+        demo = (-gap / self.beta if linear else -torch.nn.functional.logsigmoid(gap)).mean(-1)
         return {"policy": -(targets.advantage * logp).mean(-1), "demo": self.demo_weight * demo}
 
     def side_loss(self, now: Forward, rollout: Rollout) -> Terms:
         """{"preference": [P]}."""
         assert now.score is not None
         chosen, rejected = now.score[:, rollout.where("dataset")].unbind(-1)
-        return {"preference": -self.preference_weight * logsigmoid(chosen - rejected)}
+        return {
+            "preference": -self.preference_weight
+            * torch.nn.functional.logsigmoid(chosen - rejected)
+        }
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"demo_accuracy": [P], "demo_gap": [P]}: how well the reward model tells them apart."""

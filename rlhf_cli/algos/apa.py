@@ -24,12 +24,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, TypeAlias
 
-import torch
 from pydantic.dataclasses import dataclass
 
 from rlhf_cli.core.actor_critic import aims, value_error, value_loss
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.kl import ratio
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.returns import paid
 from rlhf_cli.core.rollout import Forward, Rollout
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Share, Update

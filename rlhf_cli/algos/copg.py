@@ -22,16 +22,18 @@ kept to draw prompts from.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, Targets, Terms
 from rlhf_cli.core.pairs import pairs
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.recipes import STRICT, Count, Optim, Positive, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -30,17 +30,18 @@ stays quadratic for errors below -delta.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
-from torch.nn.functional import huber_loss
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.returns import paid
 from rlhf_cli.core.rollout import Forward, Rollout
 from rlhf_cli.recipes import STRICT, Optim, Positive, Share, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -87,7 +88,9 @@ class ETPO(Defaults):
         assert now.logps is not None and now.logps_ref is not None and now.q is not None
         assert now.q_taken is not None and targets.returns is not None
         cost = self.beta * (now.logps - now.logps_ref) - now.q.detach()
-        value = huber_loss(now.q_taken, targets.returns, reduction="none", delta=self.huber)
+        value = torch.nn.functional.huber_loss(
+            now.q_taken, targets.returns, reduction="none", delta=self.huber
+        )
         return {"policy": (now.logps.exp() * cost).sum(-1), "value": self.value_coef * value}
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:

@@ -31,19 +31,21 @@ averages tokens per prompt and its code over the batch, as here.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.groups import group_std
 from rlhf_cli.core.kl import k3
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.core.surrogate import surrogate, surrogate_cut
 from rlhf_cli.recipes import STRICT, Count, NonNegative, Optim, Positive, Share, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -17,14 +17,16 @@ that token alone, which leaves out what a token does to the log-ratios of those 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Share, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, config=STRICT)

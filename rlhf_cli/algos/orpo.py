@@ -14,17 +14,18 @@ odds: m is cut at -1e-6, beyond which the odds no longer push.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, Targets, Terms
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.preference import sequence_mean
 from rlhf_cli.core.rollout import Forward, Rollout
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CERTAIN = -1e-6
 """Mean log-probability above which a response counts as certain, nats per token."""
@@ -52,7 +53,10 @@ class ORPO(Defaults):
         """{"policy": [P], "nll": [P]}."""
         level = sequence_mean(now.logp, rollout.mask)
         better, worse = self._log_odds(level).unbind(1)
-        return {"policy": -self.lam * logsigmoid(better - worse), "nll": -level[:, 0]}
+        return {
+            "policy": -self.lam * torch.nn.functional.logsigmoid(better - worse),
+            "nll": -level[:, 0],
+        }
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"accuracy": [P]}: whether the preferred response has the better odds."""

@@ -26,12 +26,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, Targets, Terms
 from rlhf_cli.core.kl import LOG_RATIO_LIMIT
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.pairs import pairs
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Update

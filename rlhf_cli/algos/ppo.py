@@ -32,22 +32,24 @@ critic's pre-training nor the weight of ptx.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from rlhf_cli.core.actor_critic import aims, value_error, value_loss, value_moved
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.kl import adapted
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.masked import whiten
 from rlhf_cli.core.moments import absorb, moments
 from rlhf_cli.core.returns import at_last_token
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.core.surrogate import surrogate, surrogate_cut
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Share, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, config=STRICT)

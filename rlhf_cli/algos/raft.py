@@ -26,17 +26,19 @@ variant, padding included.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.core.shaping import sequence_reward
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -23,11 +23,10 @@ fewer than two are refused.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
 from rlhf_cli.core.groups import leave_one_out
@@ -36,6 +35,9 @@ from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
 from rlhf_cli.core.shaping import sequence_reward
 from rlhf_cli.core.surrogate import surrogate, surrogate_cut
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -19,10 +19,9 @@ without effect there and left out: pi_ref is the SFT policy in all three places.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from rlhf_cli.core.actor_critic import aims, value_error, value_loss, value_moved
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, State, Targets, Terms
@@ -30,6 +29,9 @@ from rlhf_cli.core.returns import at_last_token
 from rlhf_cli.core.rollout import Forward, Rollout
 from rlhf_cli.core.surrogate import surrogate, surrogate_cut
 from rlhf_cli.recipes import STRICT, Guide, NonNegative, Optim, Positive, Share, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
-from torch.nn.functional import logsigmoid
 
 from rlhf_cli.core.algorithm import Defaults, Model, Sampling, Targets, Terms
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.preference import sequence_mean
 from rlhf_cli.core.rollout import Forward, Rollout
 from rlhf_cli.recipes import STRICT, NonNegative, Optim, Positive, Update
@@ -46,7 +46,9 @@ class SimPO(Defaults):
     def loss(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"policy": [P]}."""
         better, worse = sequence_mean(now.logp, rollout.mask).unbind(1)
-        return {"policy": -logsigmoid(self.beta * (better - worse) - self.gamma)}
+        return {
+            "policy": -torch.nn.functional.logsigmoid(self.beta * (better - worse) - self.gamma)
+        }
 
     def watch(self, now: Forward, rollout: Rollout, targets: Targets) -> Terms:
         """{"accuracy": [P]}: whether the preferred response is the likelier one per token."""

@@ -5,13 +5,16 @@ Everything is [P,G,T]; a limit of None is no limit.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rlhf_cli.core.algorithm import Targets
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.masked import whiten
 from rlhf_cli.core.returns import gae
 from rlhf_cli.core.rollout import Forward, Rollout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def aims(reward: Tensor, rollout: Rollout, gamma: float, lam: float, whitened: bool) -> Targets:

@@ -11,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import ClassVar, Protocol, TypeAlias, get_args
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, get_args
 
 from rlhf_cli.core.rollout import Forward, Rollout, Source
 from rlhf_cli.recipes import Optim, Update
 
-Terms: TypeAlias = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Terms: TypeAlias = "Mapping[str, Tensor]"
 """Named, unreduced contributions, each `[P,G,T]`, `[P,G]` or `[P]`."""
-State: TypeAlias = Mapping[str, Tensor]
+State: TypeAlias = "Mapping[str, Tensor]"
 """What an algorithm remembers between rollouts; saved with the checkpoint."""
 
 

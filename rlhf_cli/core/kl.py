@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 LOG_RATIO_LIMIT = 20.0
 """Nats beyond which a log-ratio is cut before exp, so that no inf is formed."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rlhf_cli.core.algorithm import Terms
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def denominators(mask: Tensor) -> dict[int, float]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rlhf_cli.core.algorithm import State
+from rlhf_cli.core.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def absorb(state: State, name: str, x: Tensor) -> State:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from rlhf_cli.core.algorithm import Terms
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.pairs import pairs
 from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PairLoss: TypeAlias = Literal["sigmoid", "ipo"]
 Label: TypeAlias = Literal["argmax", "bernoulli", "soft"]
@@ -53,7 +53,9 @@ def preference_loss(gap: Tensor, label: Tensor | float, beta: float, pair_loss: 
         aim = 1 / (2 * beta)
         return label * (gap - aim) ** 2 + (1 - label) * (gap + aim) ** 2
     margin = beta * gap
-    return -label * logsigmoid(margin) - (1 - label) * logsigmoid(-margin)
+    return -label * torch.nn.functional.logsigmoid(margin) - (
+        1 - label
+    ) * torch.nn.functional.logsigmoid(-margin)
 
 
 def gaps(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from rlhf_cli.core.later import torch
 from rlhf_cli.core.rollout import Rollout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from rlhf_cli.core.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Source = Literal["policy", "ref", "greedy", "mixture", "dataset", "mismatch", "demo"]
 """policy, ref: drawn from it; greedy: the policy's most likely tokens; mixture: drawn from a geometric
@@ -63,7 +64,7 @@ class Rollout:
         picked = {
             f.name: value[prompts]
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
         return replace(self, **picked)  # type: ignore[arg-type]
 
@@ -73,7 +74,7 @@ class Rollout:
         width = max(each.tokens.shape[-1] for each in rollouts)
 
         def wide(x: Tensor) -> Tensor:
-            return pad(x, (width - x.shape[-1], 0))
+            return torch.nn.functional.pad(x, (width - x.shape[-1], 0))
 
         rollouts = [
             replace(each, tokens=wide(each.tokens), attention=wide(each.attention))
@@ -82,7 +83,7 @@ class Rollout:
         joined = {
             f.name: torch.cat([getattr(each, f.name) for each in rollouts])
             for f in fields(rollouts[0])
-            if isinstance(getattr(rollouts[0], f.name), Tensor)
+            if isinstance(getattr(rollouts[0], f.name), torch.Tensor)
         }
         return replace(rollouts[0], **joined)  # type: ignore[arg-type]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rlhf_cli.core.returns import paid
 from rlhf_cli.core.rollout import Rollout, sequence_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sequence_reward(rollout: Rollout, beta: float) -> Tensor:

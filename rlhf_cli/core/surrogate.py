@@ -7,10 +7,13 @@ Log-ratios are cut at +-20 nats, beyond which a float32 ratio would be of no use
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rlhf_cli.core.kl import ratio
+from rlhf_cli.core.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def surrogate(

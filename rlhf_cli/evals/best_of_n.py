@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from rlhf_cli.errors import UserError
 from rlhf_cli.evals.curves import Curve, Floats, Path
@@ -71,9 +71,9 @@ def by_prompt(score: Floats, y: Floats, n: int) -> Floats:
             f" more, or leave {n} out."
         )
     # all_below[k]: chance that n drawn from the M without replacement are all among the k worst
-    all_below = stats.hypergeom.pmf(n, samples, np.arange(samples + 1), n)
-    upto = stats.rankdata(score, method="max", axis=1).astype(int)
-    below = stats.rankdata(score, method="min", axis=1).astype(int) - 1
+    all_below = scipy.stats.hypergeom.pmf(n, samples, np.arange(samples + 1), n)
+    upto = scipy.stats.rankdata(score, method="max", axis=1).astype(int)
+    below = scipy.stats.rankdata(score, method="min", axis=1).astype(int) - 1
     weights = (all_below[upto] - all_below[below]) / (upto - below)
     estimate: Floats = (weights * y).sum(axis=1)
     return estimate

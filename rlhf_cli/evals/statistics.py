@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 
 class Estimate(NamedTuple):
@@ -59,7 +59,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 def proportion_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of a proportion: sensible near 0 and 1, unlike mean plus or minus se."""
-    interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    interval = scipy.stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -70,13 +70,16 @@ def line_fit(x: Sequence[float], y: Sequence[float]) -> Line | None:
     """
     if len(set(x)) < 2:
         return None
-    fit = stats.linregress(x, y)
+    # Not scipy.stats.linregress, for which a figure would wait until scipy.stats is loaded.
+    (xx, xy), (_, yy) = np.cov(x, y, bias=True).tolist()
+    slope, n = xy / xx, len(x)
+    r_squared = min((xy / math.sqrt(xx * yy)) ** 2, 1.0) if yy else math.nan
     return Line(
-        slope=float(fit.slope),
-        intercept=float(fit.intercept),
-        slope_se=float(fit.stderr) if len(x) > 2 else math.nan,
-        r_squared=float(fit.rvalue) ** 2,
-        n=len(x),
+        slope=slope,
+        intercept=float(np.mean(y)) - slope * float(np.mean(x)),
+        slope_se=math.sqrt((1 - r_squared) * yy / xx / (n - 2)) if n > 2 else math.nan,
+        r_squared=r_squared,
+        n=n,
         low=min(x),
         high=max(x),
     )
