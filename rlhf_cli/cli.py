@@ -5,6 +5,7 @@ Everything heavy is imported inside a verb, so that `rlhf --help` answers at onc
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -38,6 +39,8 @@ data_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(data_app, name="data", help="Look at data before anything is trained on them.")
 sweep_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(sweep_app, name="sweep", help="List sweeps (train -m), or look after one.")
+LOADING = (10_000, 50, 100)
+"""Thresholds of the garbage collector until a run begins, which sets Python's own again."""
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """What typer raises for words it cannot read; it has no public name in every version."""
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -136,6 +139,9 @@ def main(words: Sequence[str] | None = None) -> None:
     # Said before torch is loaded: threads that spin while they wait make a busy machine five times
     # slower still, and an idle one hardly faster.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Libraries make a million objects that stay; to look for garbage among them takes long.
+    thresholds = gc.get_threshold()
+    gc.set_threshold(*LOADING)
     # A user's own algorithm is found where the command is typed, as with `python -m`.
     sys.path.append(os.getcwd())
     read = [word for word in words if word != "--debug"] or ["--help"]
@@ -149,6 +155,8 @@ def main(words: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         print(f"stopped: {told(str(stopped))}", file=sys.stderr)
         code = GO_ON
+    finally:
+        gc.set_threshold(*thresholds)
     raise SystemExit(code)
 
 

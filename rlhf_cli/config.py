@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_type_hints
 
-from omegaconf import DictConfig, Node, OmegaConf, flag_override
+from omegaconf import DictConfig, Node, OmegaConf, base, flag_override
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 from pydantic import TypeAdapter, ValidationError
@@ -257,7 +258,12 @@ def judge(overrides: Sequence[str]) -> recipes.Judge:
 
 
 def register() -> None:
-    """Register the resolvers that `conf/` uses: rlhf.pick, rlhf.source, and oc.env for folders alone."""
+    """Register the resolvers that `conf/` uses: rlhf.pick, rlhf.source, and oc.env for folders alone.
+
+    A reference is parsed once for all the jobs of a sweep: that takes longer than to follow it.
+    """
+    if not hasattr(base.parse, "cache_info"):  # type: ignore[attr-defined]
+        base.parse = lru_cache(maxsize=1024)(base.parse)  # type: ignore[attr-defined]
     OmegaConf.register_new_resolver("oc.env", _env, replace=True)
     OmegaConf.register_new_resolver("rlhf.pick", _pick, replace=True)
     OmegaConf.register_new_resolver("rlhf.source", _source, replace=True)

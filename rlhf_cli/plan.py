@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from textwrap import fill
@@ -68,8 +69,13 @@ class Step:
     science: Mapping[str, Any]
     """What the key is a hash of."""
     recipe: Recipe
-    node: DictConfig
-    """The configuration that is frozen into its run directory."""
+    composed: DictConfig
+    """The configuration of the whole chain."""
+
+    @cached_property
+    def node(self) -> DictConfig:
+        """The configuration that is frozen into its run directory."""
+        return DictConfig({**self.composed, "stage": self.stage})
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,8 @@ def plan(node: DictConfig) -> Plan:
         }
         name = key(science)
         path = Path(made.paths.runs) / stage / f"{label}-{name}"
-        frozen = DictConfig({**node, "stage": stage})
         steps[stage] = Step(
-            stage, stage, name, label, path, parents, Run(path).status(), science, made, frozen
+            stage, stage, name, label, path, parents, Run(path).status(), science, made, node
         )
 
     add(

@@ -7,10 +7,10 @@ before its first run starts, and an edit of a yaml file in between changes nothi
 from __future__ import annotations
 
 import os
+import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -35,6 +35,8 @@ PLUGINS = {
     "submitit_slurm": ("hydra-submitit-launcher", "slurm"),
 }
 """Launchers of Hydra's beside its basic one: the plugin that says their keys, our extra that brings it."""
+MULTIRUN = {"-m", "--multirun"}
+"""Hydra's flag for a sweep."""
 
 
 class Direction(Enum):
@@ -148,7 +150,7 @@ def _register_search() -> None:
 
 def flags(words: Sequence[str]) -> list[str]:
     """What else than overrides a command line has, but for -m."""
-    return [w for w in words if not _is_override(w) and w not in ("-m", "--multirun")]
+    return [w for w in words if not _is_override(w) and w not in MULTIRUN]
 
 
 def _is_override(word: str) -> bool:
@@ -166,10 +168,23 @@ def jobs(words: Sequence[str]) -> list[tuple[tuple[str, ...], DictConfig]]:
     Overrides, `-m`, `--config-dir` and Hydra's other flags work; a flag that only prints (`--cfg`,
     `--info`) prints, and leaves no job. Raises UserError.
     """
+    _refuse_idle(words)
+    _chosen.cache_clear()  # a file may have been edited since the last command line of this process
+    overrides = [word for word in words if _is_override(word)]
+    others = {word for word in words if word not in overrides}
+    # Of overrides alone Hydra's composition is enough, which takes half as long as its whole application.
+    # What is wrong with them, and what else there is to do, the latter says.
+    if others <= MULTIRUN and not any("hydra" in word for word in overrides):
+        with suppress(Exception):
+            return list(_composed(_combined(overrides, _respelled) if others else [overrides]))
+    return _applied(words)
+
+
+def _applied(words: Sequence[str]) -> list[tuple[tuple[str, ...], DictConfig]]:
+    """The same through Hydra as an application."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    _refuse_idle(words)
     register()
     found: list[tuple[tuple[str, ...], DictConfig]] = []
 
@@ -193,24 +208,39 @@ def jobs(words: Sequence[str]) -> list[tuple[tuple[str, ...], DictConfig]]:
 def sweep(words: Sequence[str]) -> Iterator[tuple[tuple[str, ...], DictConfig]]:
     """Compose the jobs that `jobs` makes of `-m` and these overrides, each beside its own words.
 
+    Words that sweep over nothing stay as they were written. Raises UserError.
+    """
+    with explained():
+        yield from _composed(_combined(words, _values))
+
+
+def _composed(jobs: Iterable[Sequence[str]]) -> Iterator[tuple[tuple[str, ...], DictConfig]]:
+    """Compose jobs that sweep over nothing more, each beside its words.
+
     Files are composed once per choice of them, however many values are set on top, which makes the
-    sweeps of a figure ten times as quick. Raises UserError.
+    sweeps of a figure ten times as quick.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    with explained():
-        parser = OverridesParser.create()
-        spelled = [_values(override) for override in parser.parse_overrides(list(words))]
-        for job in product(*spelled):
-            overrides = parser.parse_overrides(list(job))
-            choices = [each for each in overrides if _chooses(each)]
-            node = deepcopy(_chosen(tuple(str(each.input_line) for each in choices)))
-            # Hydra's own way to set values, with its own complaints.
-            ConfigLoaderImpl._apply_overrides_to_config(
-                [each for each in overrides if each not in choices], node
-            )
-            yield job, settled(node)
+    for job in jobs:
+        overrides = _parsed(job)
+        if swept := [each for each in overrides if each.is_sweep_override()]:
+            raise ValueError(f"{swept[0].input_line} sweeps")
+        choices = [each for each in overrides if _chooses(each)]
+        node = pickle.loads(_chosen(tuple(str(each.input_line) for each in choices)))
+        # Hydra's own way to set values, with its own complaints.
+        ConfigLoaderImpl._apply_overrides_to_config(
+            [each for each in overrides if each not in choices], node
+        )
+        yield tuple(job), settled(node)
+
+
+def _combined(
+    words: Sequence[str], spelled: Callable[[Override], list[str]]
+) -> Iterator[tuple[str, ...]]:
+    """Every combination of the values that overrides sweep over; of two for one key the last word holds."""
+    values = {each.get_key_element(): spelled(each) for each in _parsed(words)}
+    yield from product(*values.values())
 
 
 @dataclass(frozen=True)
@@ -290,8 +320,13 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 
 def _values(override: Override) -> list[str]:
     """An override once per value that it sweeps over."""
+    return _respelled(override) if override.is_sweep_override() else [str(override.input_line)]
+
+
+def _respelled(override: Override) -> list[str]:
+    """The same as Hydra's sweeper spells it."""
     if not override.is_sweep_override():
-        return [str(override.input_line)]
+        return [f"{override.get_key_element()}={override.get_value_element_as_str()}"]
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
@@ -302,8 +337,9 @@ def _chooses(override: Override) -> bool:
 
 
 @cache
-def _chosen(choices: tuple[str, ...]) -> DictConfig:
-    return unsettled(choices)
+def _chosen(choices: tuple[str, ...]) -> bytes:
+    """What the files say, pickled, which is the quickest way to a copy for each job."""
+    return pickle.dumps(unsettled(choices))
 
 
 @contextmanager
@@ -332,7 +368,7 @@ def _command_line(*words: str) -> Iterator[None]:
 
 def _refuse_idle(words: Sequence[str]) -> None:
     """Hydra passes over a launcher or sweeper without -m in silence."""
-    if {"-m", "--multirun"} & set(words):
+    if MULTIRUN & set(words):
         return
     for word in words:
         if word.lstrip("+").startswith(("hydra/launcher=", "hydra/sweeper=")):

@@ -6,6 +6,7 @@ Started by `launch`, in the driver's own process or by DeepSpeed's launcher as
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -59,6 +60,8 @@ NO_MEMORY = (
     "could not create a primitive",
 )
 """Words of torch where it has no exception of its own."""
+COLLECTION = (700, 10, 10)
+"""Thresholds of the garbage collector while a stage runs: Python's own."""
 JOB_TYPES = {"sft": "sft", "reward": "rm", "rl": "rl"}
 """What W&B is told of a stage."""
 WATCH_SECONDS = 2
@@ -107,6 +110,7 @@ def _work(run: Run, typed: Recipe, world: World) -> None:
     stopping = Stop(world, run.stop_request).listening()
     with Progress(title, world.is_main) as progress, stopping as stop:
         corpus = corpus_of(cast(Hashable, typed.data))
+        _spare_collector()
         if world.is_main:
             _note_data(run, typed, corpus)
         mirror = _mirror(run, typed, corpus) if world.is_main else Mirror()
@@ -129,6 +133,13 @@ def _work(run: Run, typed: Recipe, world: World) -> None:
         finally:
             mirror.finish(0 if finished else 1)
         world.barrier()
+
+
+@cache  # once: what an earlier run of this process has left is to be found
+def _spare_collector() -> None:
+    """Has Python look for garbage as often as ever, but no more among all that was loaded by now."""
+    gc.freeze()
+    gc.set_threshold(*COLLECTION)
 
 
 @cache

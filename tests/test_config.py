@@ -10,8 +10,10 @@ import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from omegaconf import base
 
 from rlhf_cli.config import compose, conf_dir, freeze, read, recipe
 from rlhf_cli.errors import UserError
@@ -241,6 +243,15 @@ def test_a_class_of_the_users_own_is_a_choice_once_it_keeps_the_contract(
     assert recipe(compose(["data=mine"], tmp_path)).group == "mine-nano"
     with pytest.raises(UserError, match=r"data\._target_=users_own_rows\.Half lacks fingerprint"):
         recipe(compose(["data=half"], tmp_path))
+
+
+def test_a_reference_that_was_parsed_before_means_what_it_says_here() -> None:
+    one, other = (compose([f"model.scratch.width={width}", "algo=ppo"]) for width in (64, 256))
+    assert (one.reward.model.scratch.width, other.reward.model.scratch.width) == (64, 256)
+    assert base.parse.cache_info().hits  # type: ignore[attr-defined]
+    before = base.parse.__wrapped__  # type: ignore[attr-defined]
+    with patch.object(base, "parse", before):
+        assert compose(["model.scratch.width=64", "algo=ppo"]) == one
 
 
 def test_the_door_opens_without_torch_hydra_or_wandb() -> None:

@@ -274,6 +274,53 @@ def test_what_a_command_meant_is_written_before_anything_runs(tmp_path: Path) ->
         assert job.words[:2] == (f"algo={frozen.name}", f"seed={frozen.seed}")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        [],
+        ["-m"],
+        ["algo=p3o_v2", "data=hh", "seed=1", "seed=2"],
+        ["-m", "algo=ppo,rloo", "seed=1,2", "algo.beta=0.1", "model.scratch.width=64"],
+        ["--multirun", "seed=1,2", "seed=3"],
+        ["-m", "algo.update={episodes: 128, batch: 64}", "seed=range(1,3)"],
+        ["-m", "algo=glob(p3o*)"],
+        ["-m", "seed=choice(1,2)", 'track.group="a b",c', "name=x"],
+        ["++algo.update.batch=64", "model@reward.model=nano", "~experiment"],
+        ["+track.group=${track.project}-a", "data.path=/a/b c"],
+        ["experiment=p3o_hh_6b", "launch=deepspeed", "launch.zero=3"],
+        ["track.group=${hydra:runtime.choices.algo}"],
+        ["seed=1,2"],
+        ["algo=ppoo"],
+        ["algo.bet=1"],
+        ["algo.beta=[1,"],
+        ["reward=mix"],
+        ["eval={points: 1}"],
+        ["-m", "algo.optim.lr=interval(0,1)"],
+    ],
+)
+def test_a_line_of_overrides_is_composed_as_hydra_as_an_application_does(said: list[str]) -> None:
+    def heard(compose: Callable[[list[str]], Any]) -> Any:
+        try:
+            return compose(said)
+        except UserError as error:
+            return str(error)
+
+    assert heard(words.jobs) == heard(words._applied)
+
+
+def test_a_file_that_is_edited_between_two_lines_counts(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(root / "conf", tmp_path / "conf")
+    for module in (config, words):
+        monkeypatch.setattr(module, "conf_dir", lambda: tmp_path / "conf")
+    (before,) = words.collect(["algo=rloo"])
+    file = tmp_path / "conf" / "algo" / "rloo.yaml"
+    file.write_text(re.sub(r"(?m)^beta: .*$", "beta: 0.77", file.read_text()))
+    (after,) = words.collect(["algo=rloo"])
+    assert (before.algo.beta, after.algo.beta) == (0.2, 0.77)
+
+
 def test_what_refers_to_other_values_goes_on_to_do_so() -> None:
     ((job, node),) = words.jobs(["track.project=mine", "track.group=${track.project}-a"])
     assert "track.group=${track.project}-a" in job and node.track.group == "mine-a"
