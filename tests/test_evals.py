@@ -6,8 +6,10 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import linregress
 
 from rlhf_cli.errors import UserError
 from rlhf_cli.evals.kl import exact_kl, kl_estimates
@@ -115,6 +117,15 @@ def test_the_line_through_1_3_2_5_is_1_1_plus_1_1_x() -> None:
     # Sxx = 5, Sxy = 5.5, Syy = 8.75
     expected = (1.1, 1.1, math.sqrt(0.27), 30.25 / 43.75, 4, 0, 3)
     assert fit == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [3, 10, 100])
+def test_the_line_is_the_one_of_scipy_to_the_last_digit(n: int) -> None:
+    x, y = np.random.default_rng(n).normal(size=(2, n)).tolist()
+    fit, known = line_fit(x, y), linregress(x, y)
+    assert fit is not None
+    theirs = known.slope, known.intercept, known.stderr, known.rvalue**2
+    assert (fit.slope, fit.intercept, fit.slope_se, fit.r_squared) == theirs
 
 
 def test_a_line_needs_two_different_x_and_three_points_for_an_error() -> None:

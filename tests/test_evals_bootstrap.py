@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf_cli.evals.bootstrap import Interval, interval, intervals
+from rlhf_cli.evals.bootstrap import Interval, _resampled, interval, intervals
 from rlhf_cli.evals.curves import Curve, Floats, Means
 from tests.test_evals_curves import a_curve, a_path
 
@@ -121,6 +121,17 @@ def noisy(seed: int) -> Curve:
 def close(one: Interval, two: Interval) -> None:
     for name in ("value", "low", "high", "se", "df"):
         assert getattr(one, name) == pytest.approx(getattr(two, name), abs=1e-9), name
+
+
+def test_rounds_are_kept_for_the_curve_they_are_of() -> None:
+    (first, second), found = (noisy(1), noisy(2)), []
+    _resampled.cache_clear()
+    for curve in (first, second, first, replace(second)):
+        found.append(interval(last_reward, [curve]))
+    assert found[0] == found[2] != found[1] == found[3]
+    assert _resampled.cache_info().hits == 2
+    other = replace(first, paths=first.paths[:1])
+    assert interval(last_reward, [other]).seeds == 1
 
 
 def test_prompts_in_another_order_change_nothing() -> None:

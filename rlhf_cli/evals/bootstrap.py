@@ -29,7 +29,7 @@ from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 from rlhf_cli.evals.curves import Curve, Floats, Means, means
 from rlhf_cli.evals.statistics import mean_and_se
@@ -59,7 +59,7 @@ class Interval:
         """Two-sided p value of the hypothesis that it is 0, of the same t distribution."""
         if self.se == 0:
             return float(self.value == 0)
-        return 2 * float(stats.t.sf(abs(self.value) / self.se, self.df))
+        return 2 * float(stdtr(self.df, -abs(self.value) / self.se))
 
     def moved(self, sign: int, by: float) -> Interval:
         """Of sign times the number, plus `by`; sign: 1 or -1."""
@@ -74,7 +74,7 @@ def of_mean(values: Sequence[float], seeds: int) -> Interval:
     """
     mean, se = mean_and_se(values)
     df = len(values) - 1
-    half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * se
+    half = float(stdtrit(df, (1 + LEVEL) / 2)) * se
     return Interval(mean, mean - half, mean + half, se, df, seeds)
 
 
@@ -110,9 +110,9 @@ def intervals(
     """
     whole = [means(curve) for curve in curves]
     value = statistic(whole)
-    draws = _draws(curves[0].paths[0].prompts, rounds, seed)
-    resampled = statistic([means(curve, draws) for curve in curves])
-    errors = [_Error(_variance(resampled), max(draws.shape[1] - 1, 1))]
+    prompts = curves[0].paths[0].prompts
+    resampled = statistic([_resampled(curve, prompts, rounds, seed) for curve in curves])
+    errors = [_Error(_variance(resampled), max(len(prompts) - 1, 1))]
     errors += (_paired_errors if by_seed else _seed_errors)(statistic, curves, whole)
     seeds = min(len(paths) for curve in curves for paths in _settings(curve))
     variances, dfs = np.stack([error.variance for error in errors], -1), [e.df for e in errors]
@@ -138,7 +138,7 @@ def _by_t(
         return Interval(value, value, value, 0.0, math.inf, seeds)
     df = total**2 / sum(v**2 / known for v, known in zip(variances, dfs, strict=True))
     se = math.sqrt(total)
-    half = float(stats.t.ppf((1 + level) / 2, df)) * se
+    half = float(stdtrit(df, (1 + level) / 2)) * se
     return Interval(value, value - half, value + half, se, df, seeds)
 
 
@@ -152,6 +152,12 @@ def _draws(prompts: tuple[str, ...], rounds: int, seed: int) -> Floats:
     counts = np.random.default_rng(seed).multinomial(n - 1, np.full(n, 1 / n), size=rounds)
     place = np.argsort(np.argsort(prompts, kind="stable"))
     return counts[:, place].astype(np.float64)
+
+
+@lru_cache(maxsize=8)  # and of the same curves
+def _resampled(curve: Curve, prompts: tuple[str, ...], rounds: int, seed: int) -> Means:
+    """A curve in each of the rounds."""
+    return means(curve, _draws(prompts, rounds, seed))
 
 
 def _seed_errors(

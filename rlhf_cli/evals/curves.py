@@ -23,7 +23,7 @@ Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal is the same one: arrays have no hash
 class Path:
     """One run from evaluation to evaluation: K of them, each on the same N prompts."""
 
@@ -107,8 +107,10 @@ def means(curve: Curve, weights: Floats | None = None) -> Means:
         if weights is None:
             return mean_of_known(values)
         known = np.isfinite(values)
+        # All of them, nearly always; whole counts have the same sum in whatever order.
+        heard = weights.sum(-1) if known.all() else known @ weights.T
         with np.errstate(invalid="ignore"):
-            mean = (np.where(known, values, 0.0) @ weights.T) / (known @ weights.T)
+            mean = (np.where(known, values, 0.0) @ weights.T) / heard
         return np.moveaxis(mean, -1, 0)
 
     return Means(averaged("kl"), averaged("reward"), averaged("gold"), averaged("length"))

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy  # its parts load when they are used
 from numpy.typing import ArrayLike, NDArray
-from scipy.integrate import trapezoid
-from scipy.optimize import isotonic_regression
 
 from rlhf_cli.evals.curves import Curve, Floats, means
 from rlhf_cli.evals.statistics import Line, line_fit
@@ -51,7 +50,7 @@ def monotone(kl: ArrayLike, y: ArrayLike) -> Rise:
     regression (Barlow, Bartholomew, Bremner and Brunk 1972) fits the points themselves.
     """
     places, mean, points = _merged(kl, y)
-    fit = isotonic_regression(mean, weights=points)
+    fit = scipy.optimize.isotonic_regression(mean, weights=points)
     return Rise(places, np.asarray(fit.x))
 
 
@@ -80,7 +79,7 @@ def area(kl: ArrayLike, y: ArrayLike, upto: float) -> float:
         return float("nan")
     inside = places[(places > 0) & (places < upto)]
     knots = np.concatenate([[0.0], inside, [upto]])
-    return float(trapezoid(np.interp(knots, places, mean), knots)) / upto
+    return float(scipy.integrate.trapezoid(np.interp(knots, places, mean), knots)) / upto
 
 
 def _merged(kl: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats, Floats]:
