@@ -1,5 +1,5 @@
 # One line each; anything with a condition belongs in Python.
-.PHONY: help install demo figures test test-all faults check mutants algorithms clean
+.PHONY: help install demo figures test test-all faults check bench bench-profile bench-gpu mutants algorithms clean
 export OMP_NUM_THREADS ?= 2
 BIN := .venv/bin
 
@@ -28,6 +28,15 @@ faults: install ## inject every fault, and see what comes of each
 
 check: install ## lint, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: install ## race this project against TRL, a bare loop and the machine, and write docs/results/speed.md
+	$(BIN)/python -m benchmarks --page docs/results/speed.md
+
+bench-profile: install ## where a training step spends its time, beside what the machine could do
+	$(BIN)/python -m benchmarks.profile
+
+bench-gpu: ## measure one CUDA GPU in 8 minutes, into build/gpu
+	bash benchmarks/gpu.sh
 
 mutants: install ## plant errors in the mathematics; every one must be caught
 	$(BIN)/python scripts/mutants.py

@@ -1,6 +1,6 @@
 """The same numbers go through TRL's trainers and through ours: two implementations by different people.
 
-TRL is not needed to use this project, and these tests are skipped without it: `pip install -e .[peers]`.
+TRL is not needed to use this project, and these tests are skipped without it: `pip install -e .[bench]`.
 They were written against TRL 1.16. Its losses live inside trainers, so each is called on an object that
 was never initialised, given the few attributes it reads and, in place of a model, the log-probabilities
 that a case holds. Where TRL does something else on purpose, the test says what and compares that too.

@@ -1,0 +1,1 @@
+"""How fast this is beside others and beside what the machine can do: `python -m benchmarks`."""
