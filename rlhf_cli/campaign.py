@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rlhf_cli import neighbours
 from rlhf_cli.config import freeze
 from rlhf_cli.errors import GO_ON, StageFailed, Stopped, UserError
 from rlhf_cli.launch import execute, set_deadline
@@ -367,6 +368,7 @@ def child(run: Run, config: str, command: str, share: Mapping[str, str], node: i
 
 def load_ahead() -> None:
     """Have that process begin to load, which takes seconds, while this one goes on."""
+    neighbours.settle()
     # Has torch count GPUs without touching them, after which a forked process could not use them.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     forkserver.set_forkserver_preload(PRELOADED)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, cast, get_args
 
 import typer
 
-from rlhf_cli import __version__
+from rlhf_cli import __version__, neighbours
 from rlhf_cli.errors import GO_ON, StageFailed, Stopped, UserError
 from rlhf_cli.printable import as_json, file_name, told, visible
 from rlhf_cli.secret import masked
@@ -136,9 +136,7 @@ def main(words: Sequence[str] | None = None) -> None:
     exit code 1, an interrupt exit code 130.
     """
     words = sys.argv[1:] if words is None else list(words)
-    # Said before torch is loaded: threads that spin while they wait make a busy machine five times
-    # slower still, and an idle one hardly faster.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    neighbours.first()
     # Libraries make a million objects that stay; to look for garbage among them takes long.
     thresholds = gc.get_threshold()
     gc.set_threshold(*LOADING)

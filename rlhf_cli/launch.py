@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_cli import config
+from rlhf_cli import config, neighbours
 from rlhf_cli.config import Recipe
 from rlhf_cli.data.corpus import Corpus, Split
 from rlhf_cli.errors import OutOfMemory, StageFailed, Stopped, UserError
@@ -58,6 +58,7 @@ def execute(plan: Plan, command: str) -> Path:
     if plan.recipe.launch.node_rank:
         return _follow(plan)
     check_writable(Path(plan.recipe.paths.runs))
+    neighbours.settle()
     if any(step.status != "done" for step in plan.steps):
         from rlhf_cli.worker import corpus_of
 
@@ -331,7 +332,7 @@ def _environment(processes: int) -> dict[str, str]:
     import torch
 
     each = max(1, len(os.sched_getaffinity(0)) // processes)
-    environment = {"OMP_NUM_THREADS": str(each), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = {"OMP_NUM_THREADS": str(each), **os.environ}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     root = str(Path(__file__).resolve().parents[1])

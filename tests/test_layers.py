@@ -27,6 +27,7 @@ ROOMS: dict[str, str] = {
     "secret": "",
     "trust": "",
     "hub": "store",
+    "neighbours": "",
     "packing": "",
     "core": "",
     "algos": "core",
@@ -52,7 +53,7 @@ ROOMS: dict[str, str] = {
     "plan": "config core cost devices hosts hub memory shapes store",
     "words": "config",
     "gallery": "complaints config figures plan store words",
-    "campaign": "config engine launch plan store worker",
+    "campaign": "config engine launch neighbours plan store worker",
     "sweeps": "campaign config figures launch listing plan store words",
     "best_of": "figures remeasure store",
     "listing": "evals store",
@@ -64,8 +65,8 @@ ROOMS: dict[str, str] = {
     "doctor": "config cost data devices hosts hub memory models plan shapes store track words",
     "remeasure": "config data engine models stages store tools worker",
     "worker": "config core data engine stages store track",
-    "launch": "config data engine hosts plan store worker",
-    "cli": "campaign catalogue complaints config doctor evals figures gallery "
+    "launch": "config data engine hosts neighbours plan store worker",
+    "cli": "campaign catalogue complaints config doctor evals figures gallery neighbours "
     "launch listing plan remeasure report resume store sweeps tools words",
 }
 """Room -> the rooms it may import beside itself, at any depth of the file, types included.
@@ -86,6 +87,7 @@ LIBRARIES: dict[str, str] = {
     "secret": "",
     "trust": "yaml",
     "hub": "huggingface_hub",
+    "neighbours": "psutil",
     "packing": "",
     "core": "torch numpy pydantic",
     "algos": "torch pydantic",
