@@ -7,10 +7,10 @@ before its first run starts, and an edit of a yaml file in between changes nothi
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -227,7 +227,7 @@ def _composed(jobs: Iterable[Sequence[str]]) -> Iterator[tuple[tuple[str, ...], 
         if swept := [each for each in overrides if each.is_sweep_override()]:
             raise ValueError(f"{swept[0].input_line} sweeps")
         choices = [each for each in overrides if _chooses(each)]
-        node = pickle.loads(_chosen(tuple(str(each.input_line) for each in choices)))
+        node = deepcopy(_chosen(tuple(str(each.input_line) for each in choices)))
         # Hydra's own way to set values, with its own complaints.
         ConfigLoaderImpl._apply_overrides_to_config(
             [each for each in overrides if each not in choices], node
@@ -337,9 +337,8 @@ def _chooses(override: Override) -> bool:
 
 
 @cache
-def _chosen(choices: tuple[str, ...]) -> bytes:
-    """What the files say, pickled, which is the quickest way to a copy for each job."""
-    return pickle.dumps(unsettled(choices))
+def _chosen(choices: tuple[str, ...]) -> DictConfig:
+    return unsettled(choices)
 
 
 @contextmanager

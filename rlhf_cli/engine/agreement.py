@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.core.algorithm import Sampling
+from rlhf_cli.engine.forward import in_parts
 from rlhf_cli.engine.rollout import Asked, Collector, Judges
 from rlhf_cli.engine.sampler import uniforms
 from rlhf_cli.errors import UserError
@@ -47,14 +48,13 @@ def check_drawing(collector: Collector, actor: Actor, asked: Sequence[Asked]) ->
     longest = collector.max_response_tokens
     uniform = uniforms(collector.seed, "check", 0, range(len(some)), longest + 2)[:, :longest]
     missed = apart = 0.0
-    for row in range(len(some)):
-        tokens, attention = rollout.tokens[row], rollout.attention[row]
-        logits = next_logits(actor.policy, tokens, attention, longest) / actor.temperature
-        real = rollout.mask[row].bool()
-        at = uniform[row : row + 1].to(real.device)
-        missed += float(_outside(logits, tokens[:, -longest:], at)[real].sum())
-        learned = actor(tokens, attention, longest)["logp"]
-        apart += float((learned - rollout.logp_old[row]).abs()[real].sum())
+    rows = (rollout.tokens[:, 0], rollout.attention[:, 0], rollout.mask[:, 0])
+    for part in in_parts(*rows, collector.micro_batch):
+        real, at = part.mask.bool(), uniform[part.index.cpu(), : part.length].to(part.mask)
+        logits = next_logits(actor.policy, *part.asked) / actor.temperature
+        missed += float(_outside(logits, part.tokens[:, -part.length :], at)[real].sum())
+        kept, learned = rollout.logp_old[part.index, 0], actor(*part.asked)["logp"]
+        apart += float((learned - kept[:, : part.length]).abs()[real].sum())
     if collector.sampler is not None:
         missed = 0.0
     count, dtype = float(rollout.mask.sum()), actor.policy.dtype
@@ -62,7 +62,7 @@ def check_drawing(collector: Collector, actor: Actor, asked: Sequence[Asked]) ->
 
 
 def _outside(logits: Tensor, tokens: Tensor, uniform: Tensor) -> Tensor:
-    """[1,T] how far a random number lies outside the interval of the token that was drawn with it."""
+    """[N,T] how far a random number lies outside the interval of the token that was drawn with it."""
     chances = logits.float().softmax(-1)
     high = chances.cumsum(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     low = high - taken(logits, tokens).exp()

@@ -138,7 +138,7 @@ class Collector:
         tokens, attention, mask, *paid = answers
         drew = time.perf_counter()
         with self.judges.present(self.world.device):
-            known = told.clone() if self._knows(sampling) else None
+            known = told.clone() if self._knows(sampling, told, mask) else None
             said = self._ask(actor, tokens, attention, mask, group, known)
             gap = self._gap(told, said["logp_old"])
             if paid:
@@ -170,10 +170,12 @@ class Collector:
             return nullcontext()
         return self.sampler.holding(actor.policy)
 
-    def _knows(self, sampling: Sampling) -> bool:
+    def _knows(self, sampling: Sampling, told: Tensor, mask: Tensor) -> bool:
         """Whether what was drawn came with the policy's own log-probabilities, all of it."""
         own = self.reuse and self.sampler is None and self.partner is None
-        return own and set(sampling.sources) == {"policy"}
+        if not own or set(sampling.sources) != {"policy"}:
+            return False
+        return not bool((told[mask.bool()] == torch.inf).any())
 
     def _gap(self, told: Tensor, logp: Tensor) -> dict[str, float]:
         """Mean |log-probability of the sampler - that of the trainer|, both [n,T], over all processes.
