@@ -163,7 +163,7 @@ def _sample(child: subprocess.Popen[str], tries: int) -> Sample:
 
 def _turn(child: subprocess.Popen[str]) -> Sample:
     assert child.stdin is not None and child.stdout is not None
-    before, began = _all_busy(), time.perf_counter()
+    before, began = all_busy(), time.perf_counter()
     line = ""
     with suppress(BrokenPipeError):
         child.stdin.write("go\n")
@@ -173,11 +173,11 @@ def _turn(child: subprocess.Popen[str]) -> Sample:
         raise Gone(f"ended with code {child.wait()}")
     said = json.loads(line)
     spent = (time.perf_counter() - began) * (os.cpu_count() or 1)
-    others = max(0.0, _all_busy() - before - said["busy"]) / spent
+    others = max(0.0, all_busy() - before - said["busy"]) / spent
     return Sample(said["seconds"], others, said["memory_mb"], said["parts"])
 
 
-def _all_busy() -> float:
+def all_busy() -> float:
     """Seconds of all cores that anybody has had."""
     spent = psutil.cpu_times()
     return float(sum(spent) - spent.idle - spent.iowait - getattr(spent, "guest", 0.0))

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.race import QUIET, THREADS, TRIES
+from benchmarks.race import QUIET, THREADS, TRIES, all_busy
 from benchmarks.table import Line
 
 ROUNDS = 3
@@ -98,10 +98,10 @@ def _quietest(command: Sequence[str], before: Callable[[], None]) -> tuple[float
 
 def _timed(command: Sequence[str], before: Callable[[], None]) -> tuple[float, float]:
     before()
-    all_before, own_before, began = _busy(), _own(), time.perf_counter()
+    all_before, own_before, began = all_busy(), _own(), time.perf_counter()
     said = _heard(command)
     wall = time.perf_counter() - began
-    others = max(0.0, _busy() - all_before - (_own() - own_before))
+    others = max(0.0, all_busy() - all_before - (_own() - own_before))
     seconds = float(said) if command[2] == "benchmarks.start" else wall
     return seconds, others / (wall * (os.cpu_count() or 1))
 
@@ -115,12 +115,6 @@ def _heard(command: Sequence[str]) -> str:
     if child.returncode:
         raise RuntimeError(f"{' '.join(command)}: {child.stderr.strip()[-500:]}")
     return child.stdout.strip().rpartition("\n")[2]
-
-
-def _busy() -> float:
-    """Seconds of all cores that anybody has had."""
-    spent = psutil.cpu_times()
-    return float(sum(spent) - spent.idle - spent.iowait - getattr(spent, "guest", 0.0))
 
 
 def _own() -> float:

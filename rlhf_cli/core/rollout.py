@@ -20,6 +20,8 @@ Source = Literal["policy", "ref", "greedy", "mixture", "dataset", "mismatch", "d
 mixture of policy and reference; dataset: a preference pair's two responses, the preferred one first;
 mismatch: the preferred response to another prompt; demo: a demonstration."""
 
+GIVEN: tuple[Source, ...] = ("dataset", "mismatch", "demo")
+"""Those that nobody draws."""
 
 PER_TOKEN = ("mask", "logp_old", "logp_ref", "logp_guide", "value_old", "reward")
 """Fields of a rollout that end in the axis T."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_cli.config import Recipe
 from rlhf_cli.core.algorithm import State
-from rlhf_cli.core.rollout import Rollout
+from rlhf_cli.core.rollout import GIVEN, Rollout
 from rlhf_cli.cost import rollout_flop
 from rlhf_cli.shapes import Unknown
 
@@ -29,7 +29,7 @@ class Meter:
 
     def add(self, rollout: Rollout, side: Rollout | None, seconds: float) -> None:
         """Counts a rollout, what was read beside it, and the updates on both."""
-        given = rollout.where("dataset", "mismatch", "demo")
+        given = rollout.where(*GIVEN)
         drawn = [g for g in range(len(rollout.source)) if g not in given]
         prompts = len(rollout.mask)
         real, replies = float(rollout.attention.sum()), float(rollout.mask.sum())

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.core.algorithm import Algorithm, Defaults, Model, Targets, Terms
 from rlhf_cli.core.masked import denominators
-from rlhf_cli.core.rollout import Forward, Rollout, sequence_sum
+from rlhf_cli.core.rollout import GIVEN, Forward, Rollout, sequence_sum
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.engine import checkpoint
 from rlhf_cli.engine.agreement import check_drawing
@@ -133,10 +133,10 @@ def waits(algo: Algorithm) -> bool:
 
     So it is where nothing looks at it before, and where no step moves the policy between the two.
     """
-    update, given = algo.update, {"dataset", "mismatch", "demo"}
+    update = algo.update
     prepares = type(algo).prepare is not Defaults.prepare
     once = update.epochs * update.minibatches == 1 and algo.replayed() == 1
-    return once and not prepares and set(algo.sampling().sources) <= given
+    return once and not prepares and set(algo.sampling().sources) <= set(GIVEN)
 
 
 @dataclass(frozen=True)
